@@ -11,6 +11,7 @@ import argparse
 import os
 import re
 import sys
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -23,7 +24,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tssam import TSSAM, InputError, load_checkpoint
+from tssam import TSSAM, InputError, load_checkpoint, one_line, write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Data
@@ -62,6 +63,10 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
     files = []
     for kind, names, example in (("image", IMAGE_FOLDERS, "Imgs"), ("mask", MASK_FOLDERS, "GT")):
         found = _subfolders(Path(folder), names)
+        sets = [f for f in sorted(Path(folder).iterdir()) if f.is_dir() and _subfolders(f, IMAGE_FOLDERS)]
+        if not found and sets:
+            names = ", ".join(f.name for f in sets)
+            raise InputError(f"{folder}: several data sets ({names}); name one of them with --data or --val")
         if len(found) != 1:
             got = f"several {kind} folders ({', '.join(f.name for f in found)})" if found else f"no {kind} folder"
             raise InputError(f"{folder}: {got}; one folder of images and one of masks is needed, such as {example}")
@@ -91,8 +96,8 @@ def read_image(path: Path, mode: str) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert(mode)
-    except (OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise InputError(f"{path}: cannot be read as an image ({str(error).splitlines()[0]})") from error
+    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
 
 
 class Pairs(Dataset):
@@ -129,6 +134,10 @@ class Pairs(Dataset):
 class Metrics:
     """The paper's metrics over a data set, by `py_sod_metrics`: S-measure, mean E-measure, weighted F-measure and MAE;
     for the task "shadow" the balanced error rate BER, in percent, the mean over images (source: release).
+
+    The first four see each prediction stretched to [0, 1] first, as the field's toolboxes do: they judge how a map
+    ranks its pixels, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 as it is; an image
+    without shadow counts as if all of one had been missed.
     """
 
     def __init__(self, task: str) -> None:
@@ -236,18 +245,12 @@ def save_overview(files: list[tuple[Path, Path, Path]], path: Path, height: int 
 
 
 def make_folder(path: Path, flag: str) -> None:
-    """Make a folder the user named with `flag`, or raise an InputError."""
+    """Make a folder the user named with `flag`, or raise an InputError; also where nothing can be written to it."""
     try:
         path.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=path).close()
     except OSError as error:
-        raise InputError(f"{flag}: {path} cannot be made a folder ({error.strerror}); name another one") from error
-
-
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Have `save` write a file under a temporary name, then give it its own: a file is whole or not there."""
-    temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    temporary.replace(path)
+        raise InputError(f"{flag}: {path}: no folder to write to ({error.strerror}); name another one") from error
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -255,7 +258,7 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows every default and whose errors are one line (exit code 2)."""
+    """An ArgumentParser that shows a script's docstring as it is and whose errors are one line (exit code 2)."""
 
     def __init__(self, doc: str) -> None:
         super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -264,24 +267,25 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def at_least(minimum: int) -> Callable[[str], int]:
-    """An argument that is a whole number of at least `minimum`."""
+def at_least(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
+    """An argument that is a whole number of at least `minimum`, and a multiple of `multiple_of`."""
 
     def whole_number(text: str) -> int:
-        if not re.fullmatch(r"\d+", text) or int(text) < minimum:
-            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}")
+        if not re.fullmatch(r"\d{1,18}", text) or int(text) < minimum or int(text) % multiple_of:
+            multiple = f", and a multiple of {multiple_of}" if multiple_of > 1 else ""
+            raise argparse.ArgumentTypeError(f"{text!r} is not a whole number of at least {minimum}{multiple}")
         return int(text)
 
     return whole_number
 
 
-def device(text: str) -> torch.device:
+def usable_device(text: str) -> torch.device:
     """An argument that names a device this machine has, such as cuda, cuda:1 or cpu."""
     try:
-        torch.empty(0, device=text)
+        torch.zeros(1, device=text).item()
         return torch.device(text)
-    except (RuntimeError, AssertionError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    except (RuntimeError, AssertionError, ImportError) as error:
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {one_line(error)}") from error
 
 
 def add_machine_arguments(parser: Parser) -> None:
@@ -290,13 +294,18 @@ def add_machine_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--workers", type=at_least(0), default=cores, help=f"processes that read images; 0: none (here: {cores})"
     )
-    parser.add_argument("--device", type=device, default=default, help=f"cuda, cuda:1, cpu, ... (here: {default})")
+    parser.add_argument(
+        "--device", type=usable_device, default=default, help=f"cuda, cuda:1, cpu, ... (here: {default})"
+    )
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: an InputError is one line on stderr and exit code 2, anything else keeps its traceback."""
     try:
-        main()
+        try:
+            main()
+        except torch.OutOfMemoryError as error:
+            raise InputError("the GPU has too little memory for this; lower --batch-size") from error
     except InputError as error:
         # One raised in a loader's worker arrives with that worker's traceback in front of its own line.
         message = str(error).rsplit("InputError: ", 1)[-1].strip()
@@ -317,12 +326,14 @@ def main() -> None:
     if args.save is not None:
         make_folder(args.save, "--save")
     model, info = load_checkpoint(args.ckpt, args.sam_checkpoint)
-    if args.data is None and info["val"] is None:
+    if args.data is None and info.get("val") is None:
         raise InputError(f"{args.ckpt}: trained without a validation set; name the data: --data")
     root = Path(args.data or info["val"])
     folder = find_split(root, "test") or root
     data = Pairs(find_pairs(folder), model.config["image_size"])
-    print(f"{args.ckpt}: {info['task']}, {model.config['sam']}, epoch {info['epoch']}")
+    if args.save is not None and args.save.resolve() in {file.resolve().parent for pair in data.pairs for file in pair}:
+        raise InputError(f"--save: {args.save} holds the data itself; name another folder")
+    print(f"{args.ckpt}: {info['task']}, {model.config['sam']}")
     print(f"{folder}: {len(data)} pairs, paper protocol at {data.size} x {data.size}", flush=True)
     metrics = evaluate(model.to(args.device), data, info["task"], args.batch_size, args.workers, args.save)
     print(show(metrics))

@@ -18,6 +18,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from PIL import Image
+from segment_anything import sam_model_registry
 from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import nn
 
@@ -187,6 +188,7 @@ def test_high_pass():
     assert tssam.high_pass(wave(15, 15)).abs().max() < 1e-4
     assert same(tssam.high_pass(wave(17, 0)), wave(17, 0).abs(), 1e-4)
     assert same(tssam.high_pass(wave(3, -20)), wave(3, -20).abs(), 1e-4)
+    assert same(tssam.high_pass(wave(16, 0)), wave(16, 0).abs() / 2, 1e-4)  # -16 is removed, +16 is not
     mixed = tssam.high_pass(wave(2, 5) + wave(20, 1))
     assert same(mixed, wave(20, 1).abs(), 1e-4)
     with torch.autocast("cpu", torch.bfloat16):
@@ -213,6 +215,16 @@ def test_counts(sam, csa, mrm, trained):
     if sam == "vit_h":
         assert count(model, False) == 666_463_617  # the paper's 4.4 %
         assert model.config["mrm_blocks"] == list(range(20, 32))
+
+
+@pytest.mark.parametrize("sam", ["vit_b", "vit_l", "vit_h"])
+def test_encoders_are_those_of_segment_anything(sam):
+    with torch.device("meta"):
+        ours, theirs = build_tssam(sam).image_encoder, sam_model_registry[sam]().image_encoder
+    assert str(ours) == str(theirs)  # layers, widths, the epsilon of the norms
+    assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
+    for a, b in zip(ours.blocks, theirs.blocks, strict=True):
+        assert (a.window_size, a.attn.num_heads, a.attn.use_rel_pos) == (b.window_size, b.attn.num_heads, True)
 
 
 def test_initialisation():
@@ -370,21 +382,23 @@ def test_sam_weights_that_do_not_fit_are_named(tmp_path):
     path = sam_file(tmp_path / "sam.pth", SIZE)
     with pytest.raises(InputError, match=r"sam.pth, as SAM's vit_b encoder: .*blocks.4.norm1.weight is missing"):
         build_tssam("vit_b", 64, sam_checkpoint=path)
-    path.write_bytes(path.read_bytes()[:1000])
-    with pytest.raises(InputError, match="sam.pth: not a readable checkpoint"):
-        build_tssam("tiny", SIZE, sam_checkpoint=path)
+    for broken in (path.read_bytes()[:1000], b"hello world", b"<html>", b""):
+        path.write_bytes(broken)
+        with pytest.raises(InputError, match="sam.pth: not a checkpoint, or not a whole one; torch.load says") as error:
+            build_tssam("tiny", SIZE, sam_checkpoint=path)
+        assert "\n" not in str(error.value)
     with pytest.raises(InputError, match="nowhere.pth: no such file"):
         build_tssam("tiny", SIZE, sam_checkpoint=tmp_path / "nowhere.pth")
     torch.save([1, 2], path)
     with pytest.raises(InputError, match="sam.pth: holds a list"):
         build_tssam("tiny", SIZE, sam_checkpoint=path)
     torch.save({"f": functools.partial(print)}, path)  # anything but tensors and plain values is refused unread
-    with pytest.raises(InputError, match="sam.pth: not a readable checkpoint"):
+    with pytest.raises(InputError, match="sam.pth: not a checkpoint, .* says UnpicklingError"):
         build_tssam("tiny", SIZE, sam_checkpoint=path)
 
 
 def test_released_names():
-    """Every name of SPEC section 5, spelled out again for a small model of two blocks."""
+    """Every name of the released checkpoints, spelled out again for a small model with two blocks tapped."""
     model = tiny(csa_blocks=(0, 3), mrm_blocks=(3,), high_freq=True)
     bn = ["weight", "bias", "running_mean", "running_var", "num_batches_tracked"]
     expected = {f"image_encoder.{name}" for name in model.image_encoder.state_dict()}
@@ -444,18 +458,14 @@ def test_load_released(tmp_path):
 
 
 def checkpoint(path: Path, model: TSSAM, **info) -> Path:
-    save_checkpoint(
-        path,
-        model,
-        **{"encoder": tssam.fingerprint(model), "sam_checkpoint": None, "encoder_seed": None, "task": "sod", **info},
-    )
+    save_checkpoint(path, model, **{"task": "sod", "encoder": tssam.fingerprint(model), **info})
     return path
 
 
 @torch.no_grad()
 def test_checkpoint_holds_the_trained_part_and_rebuilds_the_model(tmp_path):
     sam = sam_file(tmp_path / "sam.pth", 64)
-    model = build_tssam("tiny", SIZE, True, sam, csa_blocks=(1, 3), mrm_blocks=(0, 2))
+    model = build_tssam("tiny", SIZE, True, sam, csa_blocks=np.array([1, 3]), mrm_blocks=(0, 2))
     model(images())  # the batch norms' statistics must come back too
     path = checkpoint(tmp_path / "best.pt", model, sam_checkpoint=str(sam), task="shadow")
     stored = torch.load(path, weights_only=True)
@@ -636,6 +646,14 @@ def test_pairs_that_are_none_are_named(tmp_path):
         evaluate.find_pairs(tmp_path)
 
 
+def test_several_test_sets_are_named(tmp_path):
+    for name in ("CAMO", "COD10K"):
+        make_pairs(tmp_path / "TestDataset" / name / "Imgs", tmp_path / "TestDataset" / name / "GT")
+    with pytest.raises(InputError, match=r"TestDataset: several data sets \(CAMO, COD10K\); name one of them"):
+        evaluate.find_pairs(evaluate.find_split(tmp_path, "test"))
+    assert len(evaluate.find_pairs(tmp_path / "TestDataset" / "CAMO")) == 2
+
+
 def test_items_of_pairs(tmp_path):
     (tmp_path / "Imgs").mkdir()
     (tmp_path / "GT").mkdir()
@@ -643,11 +661,14 @@ def test_items_of_pairs(tmp_path):
     mask = np.zeros((2, 2), np.uint8)
     mask[0, 1], mask[1, 0] = 1, 255  # above 0 is foreground
     Image.fromarray(mask).save(tmp_path / "GT" / "a.png")
-    image, target, index = evaluate.Pairs(evaluate.find_pairs(tmp_path), 64)[0]
+    pairs = evaluate.Pairs(evaluate.find_pairs(tmp_path), 64)
+    image, target, index = pairs[0]
     assert image.shape == (3, 64, 64) and image.dtype == target.dtype == torch.float32 and index == 0
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     assert torch.allclose(image.mean((1, 2)), torch.tensor(expected), atol=1e-4)
     assert torch.equal(target[0], torch.tensor([[0.0, 1], [1, 0]]).repeat_interleave(32, 0).repeat_interleave(32, 1))
+    Image.fromarray(mask * 255).save(tmp_path / "Imgs" / "a.png")  # two by two pixels, read as RGB and blended
+    assert len(pairs[0][0].unique()) > 20
 
 
 def test_metrics_are_those_of_py_sod_metrics():
@@ -759,9 +780,13 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", demo / "best.pt", "--save", "m", "--device", "cpu")
     assert code == 0 and evaluate.show(stored["metrics"]) in out
     assert len(list(Path("m").glob("*.png"))) == 24
-    # Another demo takes another folder: nothing is overwritten.
-    code, out, err = script(monkeypatch, capsys, train, "--demo", "--epochs", 1, "--size", 64, "--device", "cpu")
-    assert code == 0 and Path("runs/demo-2/best.pt").exists()
+
+
+def test_a_run_takes_a_free_folder(tmp_path):
+    path = tmp_path / "demo"
+    for name in ("demo", "demo-2", "demo-3"):
+        assert train.free_folder(path) == tmp_path / name
+        (tmp_path / name).mkdir()
 
 
 def test_shadow_end_to_end(pairs_folder, monkeypatch, capsys):
@@ -775,6 +800,46 @@ def test_shadow_end_to_end(pairs_folder, monkeypatch, capsys):
     assert epochs[0]["lr"] == 1e-3 and epochs[1]["lr"] == pytest.approx((1e-3 + 1e-7) / 2, rel=0.01)  # cosine
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "runs/shadow-tiny/best.pt", "--device", "cpu")
     assert code == 0 and evaluate.show(stored["metrics"]) in out
+
+
+def test_defaults_are_the_papers(monkeypatch):
+    for task, epochs in (("sod", 80), ("cod", 80), ("shadow", 100)):
+        monkeypatch.setattr(sys, "argv", ["train.py", "--data", "DUTS", "--task", task])
+        args = train.parse_arguments()
+        assert (args.sam, args.size, args.epochs, args.batch_size, args.lr) == ("vit_h", 1024, epochs, 8, 8e-4)
+        assert args.sam_checkpoint is None
+
+
+LOSSES = [("sod", train.bce_iou), ("cod", train.bce_iou), ("shadow", train.balanced_bce)]
+
+
+@pytest.mark.parametrize("task, loss_of", LOSSES)
+def test_training_by_hand(pairs_folder, monkeypatch, capsys, task, loss_of):
+    """Three epochs of one batch: Adam with the task's loss and a cosine, and nothing else."""
+    arguments = ("--data", pairs_folder, *SMALL, "--batch-size", 4, "--epochs", 3, "--lr", "1e-2", "--workers", 0)
+    order, item = [], evaluate.Pairs.__getitem__
+    monkeypatch.setattr(evaluate.Pairs, "__getitem__", lambda data, i: order.append((len(data), i)) or item(data, i))
+    assert script(monkeypatch, capsys, train, "--task", task, *arguments, "--out", "run")[0] == 0
+    epochs = np.array([i for length, i in order if length == 4]).reshape(3, 4)
+    assert (np.sort(epochs) == range(4)).all() and len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
+
+    torch.manual_seed(0)
+    model = build_tssam("tiny", 64, high_freq=task == "shadow").train()
+    data = evaluate.Pairs(evaluate.find_pairs(pairs_folder / "train"), 64)
+    trained = [p for p in model.parameters() if p.requires_grad]
+    moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
+    for step, epoch in enumerate(epochs):
+        batch = [data[i] for i in epoch]
+        loss = loss_of(model(torch.stack([b[0] for b in batch])), torch.stack([b[1] for b in batch]))
+        lr = 1e-7 + (1e-2 - 1e-7) * (1 + math.cos(math.pi * step / 3)) / 2
+        for p, g, (m, v) in zip(trained, torch.autograd.grad(loss, trained), moments, strict=True):
+            m.lerp_(g, 0.1)
+            v.lerp_(g * g, 0.001)
+            t = step + 1
+            p.data -= lr * (m / (1 - 0.9**t)) / ((v / (1 - 0.999**t)).sqrt() + 1e-8)
+    stored = torch.load("run/last.pt", weights_only=True)["trained"]
+    for name in ("ffd.head.weight", "ffd.stage2.1.1.weight", "ffd.stage2.1.1.bias", "ffd.conv_csa.1.weight"):
+        assert torch.allclose(stored[name], model.state_dict()[name], atol=2e-5), name
 
 
 def test_same_seed_same_run(pairs_folder, monkeypatch, capsys):
@@ -816,14 +881,25 @@ def test_checkpoints_are_not_overwritten(pairs_folder, monkeypatch, capsys):
 
 
 def test_each_error_is_one_line_and_exit_code_2(pairs_folder, monkeypatch, capsys):
+    file = pairs_folder / "file"
+    file.touch()
     for module, arguments, message in (
         (train, [], "--data: name the data set"),
         (train, ["--demo", "--data", pairs_folder], "--demo draws its own data set"),
         (train, ["--data", "nowhere"], "nowhere: no such folder"),
         (train, ["--data", pairs_folder, "--task", "cars"], "invalid choice: 'cars'"),
-        (train, ["--data", pairs_folder, *SMALL, "--size", 100], "100 is not a positive multiple of 16"),
+        (
+            train,
+            ["--data", pairs_folder, *SMALL, "--size", 100],
+            "'100' is not a whole number of at least 32, and a multiple of 16",
+        ),
         (train, ["--data", pairs_folder, *SMALL, "--epochs", 0], "'0' is not a whole number of at least 1"),
+        (train, ["--data", pairs_folder, *SMALL, "--seed", 10**20], "is not a whole number of at least 0"),
+        (train, ["--data", pairs_folder, *SMALL, "--lr", 0], "'0' is not a number above zero"),
+        (train, ["--data", pairs_folder, *SMALL, "--lr", "nan"], "'nan' is not a number above zero"),
         (train, ["--data", pairs_folder, *SMALL, "--device", "cuda:77"], "'cuda:77' cannot be used here"),
+        (train, ["--data", pairs_folder, *SMALL, "--device", "meta"], "'meta' cannot be used here"),
+        (train, ["--data", pairs_folder, *SMALL, "--out", file], f"--out: {file} is a file; name a folder"),
         (train, ["--data", pairs_folder, "--sam", "tiny"], "tiny: no weights are published"),
         (train, ["--data", pairs_folder, "--sam", "vit_b", "--sam-checkpoint", "no.pth"], "no.pth: no such file"),
         (evaluate, ["--ckpt", "no.pt"], "no.pt: no such file"),
@@ -844,6 +920,30 @@ def test_an_unreadable_image_is_named(pairs_folder, monkeypatch, capsys, workers
     code, out, err = script(monkeypatch, capsys, train, *arguments)
     assert code == 2 and err.splitlines()[-1].startswith(f"train.py: error: {broken}: cannot be read as an image")
     assert "Traceback" not in err
+
+
+def test_masks_are_not_saved_over_the_data(pairs_folder, monkeypatch, capsys):
+    script(monkeypatch, capsys, train, "--data", pairs_folder, *SMALL, "--epochs", 1, "--out", "run")
+    masks = pairs_folder / "test/GT"
+    before = [file.read_bytes() for file in sorted(masks.iterdir())]
+    arguments = ("--ckpt", "run/best.pt", "--device", "cpu", "--save")
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, masks)
+    assert code == 2 and f"--save: {masks} holds the data itself" in err
+    assert [file.read_bytes() for file in sorted(masks.iterdir())] == before
+    (pairs_folder / "file").touch()
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, pairs_folder / "file/masks")
+    assert code == 2 and "file/masks: no folder to write to" in err
+
+
+def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
+    def main():
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
+
+    monkeypatch.setattr(sys, "argv", ["train.py"])
+    with pytest.raises(SystemExit) as stop:
+        evaluate.run(main)
+    assert stop.value.code == 2
+    assert capsys.readouterr().err == "train.py: error: the GPU has too little memory for this; lower --batch-size\n"
 
 
 def test_any_other_error_keeps_its_traceback():

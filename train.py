@@ -10,6 +10,7 @@ the resize. After every epoch the model is scored on the validation set; `last.p
 shadows best BER) appear under --out, for `evaluate.py --ckpt`.
 """
 
+import argparse
 import math
 import sys
 import time
@@ -133,7 +134,23 @@ def free_folder(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-def main() -> None:
+# Enough for a few shapes, two CPU cores and a minute; what is given on the command line still counts.
+DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "batch_size": 4, "lr": 2e-3}
+
+
+def positive(text: str) -> float:
+    """An argument that is a finite number above zero."""
+    if not 0 < float(text) < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return float(text)
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line, and for what it leaves out the paper's values (with --demo: the demo's).
+
+    Raises:
+        InputError: arguments that do not go together.
+    """
     parser = Parser(__doc__)
     parser.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="(default sod)")
     parser.add_argument("--data", type=Path, metavar="DIR", help="data set: DUTS, or any images + masks folders")
@@ -145,27 +162,33 @@ def main() -> None:
         help="SAM's weights, or `random` for a random encoder (default: checkpoints/<published name>, downloaded there"
         " if missing)",
     )
-    parser.add_argument("--size", type=int, default=1024, help="image side, a multiple of 16 (default 1024)")
+    parser.add_argument("--size", type=at_least(32, 16), default=1024, help="image side (default 1024)")
     parser.add_argument("--epochs", type=at_least(1), help="(default 80; shadow 100)")
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step (default 8)")
-    parser.add_argument("--lr", type=float, default=8e-4, help="first learning rate (default 8e-4)")
+    parser.add_argument("--lr", type=positive, default=8e-4, help="first learning rate (default 8e-4)")
     parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default runs/<task>-<sam>)")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (default 0)")
-    parser.add_argument("--demo", action="store_true", help="draw a small data set and train the encoder `tiny` on it")
+    parser.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
     add_machine_arguments(parser)
     args = parser.parse_args()
     if args.demo:
         if args.data or args.val:
             raise InputError("--demo draws its own data set; leave out --data and --val")
-        # Enough for shapes and two CPU cores; what is given on the command line still counts.
-        parser.set_defaults(sam="tiny", sam_checkpoint="random", size=256, epochs=10, batch_size=4, lr=2e-3)
+        parser.set_defaults(**DEMO)
         args = parser.parse_args()
     elif args.data is None:
         raise InputError("--data: name the data set to train on, or try --demo")
     if args.epochs is None:
         args.epochs = 100 if args.task == "shadow" else 80
+    return args
+
+
+def main() -> None:
+    args = parse_arguments()
     if args.out is None:
         args.out = free_folder(Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}"))
+    if args.out.exists() and not args.out.is_dir():
+        raise InputError(f"--out: {args.out} is a file; name a folder")
     if any((args.out / name).exists() for name in ("last.pt", "best.pt")):
         raise InputError(f"--out: {args.out} holds the checkpoints of another run; name another folder")
 
@@ -206,6 +229,7 @@ def main() -> None:
     loss_of = balanced_bce if args.task == "shadow" else bce_iou
     optimizer = torch.optim.Adam(trained, lr=args.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs, eta_min=1e-7)
+    # The last batch of an epoch may be smaller: every image is seen once.
     batches = loader(train_set, args.batch_size, args.workers, shuffle=True, persistent_workers=args.workers > 0)
     make_folder(args.out, "--out")
     best = -math.inf

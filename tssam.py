@@ -7,13 +7,15 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
     FFD    Feature Fusion Decoder         Eq. 6-10    joins the two streams into one mask
     TSSAM  the whole network              Fig. 2 (a)  taps the frozen encoder with forward hooks
 
-    images -> patches -> block 0 -> block 1 -> ... -> block L-1 -> neck     SAM's encoder, frozen
-                |           |  ^       |  ^               |  ^       |
-               CSA 0 ----- CSA 1 ---- CSA 2 --- ... --- CSA L ---- CSA L+1 -> f_csa -> FFD -> logits
-                            |          |                  |          |                  ^
-                           MRM ------ MRM ---- ... ----- MRM ------ MRM ----> f_mrm ----+
+                            MRM ------- MRM --- ... --- MRM -------- MRM -----> f_mrm ----+
+                             ^           ^               ^            ^                   v
+    images -> patches -> block 0 --> block 1 -> ... -> block L-1 --> neck                FFD -> logits
+               |    |       v ^         v ^               v ^         v                   ^
+    F_csa^0 <--+   CSA 0 - CSA 1 ----- CSA 2 -- ... --- CSA L ----- CSA L+1 --> f_csa ----+
+        +------------^
 
-    (^: the map merged by a CSA replaces the block's output. ViT-H, ViT-L: only the last 12 blocks feed an MRM.)
+    Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H that of the last 12
+    blocks). Down: a CSA merges it with f_csa, and the merged map comes back up (^) in place of the block's output.
 
 The encoder is the unmodified `ImageEncoderViT` of the `segment-anything` package. Notation, as in the paper: S image
 side in pixels, g = S/16 its side in patches, C the encoder's width (768 in ViT-B), C1 = 256 the side stream's width,
@@ -27,9 +29,8 @@ own, which hold the trained part alone.
 import hashlib
 import http.client
 import os
-import pickle
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
@@ -208,7 +209,7 @@ def high_pass(images: Tensor) -> Tensor:
         (B, 3, S, S) float32, not negative.
     """
     side = images.shape[-1]
-    centre, half = side // 2, int((side * side * 0.25) ** 0.5 / 2)
+    centre, half = side // 2, side // 4  # the release: floor(sqrt(S * S * 0.25) / 2)
     with torch.autocast(images.device.type, enabled=False):
         spectrum = torch.fft.fftshift(torch.fft.fft2(images.float()), dim=(-2, -1))
         spectrum[..., centre - half : centre + half, centre - half : centre + half] = 0
@@ -250,14 +251,19 @@ class TSSAM(nn.Module):
             raise InputError(f"image size: {image_size} is not a positive multiple of {PATCH}")
         spec = ENCODERS[sam]
         width, depth, neck, side, hidden = (spec[k] for k in ("width", "depth", "neck", "side", "hidden"))
-        csa_blocks = list(range(depth)) if csa_blocks is None else sorted(set(csa_blocks))
-        mrm_blocks = list(range(max(0, depth - 12), depth)) if mrm_blocks is None else sorted(set(mrm_blocks))
+        csa_blocks = range(depth) if csa_blocks is None else csa_blocks
+        mrm_blocks = range(max(0, depth - 12), depth) if mrm_blocks is None else mrm_blocks
+        csa_blocks, mrm_blocks = (sorted({int(i) for i in blocks}) for blocks in (csa_blocks, mrm_blocks))
         for name, blocks in (("csa_blocks", csa_blocks), ("mrm_blocks", mrm_blocks)):
             if any(i not in range(depth) for i in blocks):
                 raise InputError(f"{name}: {blocks} is not within the {depth} blocks of {sam}, 0 to {depth - 1}")
-        # What it takes to build this model again: the arguments of build_tssam.
+        # What it takes to build this model again: the arguments of build_tssam, as plain values a file can hold.
         self.config = dict(
-            sam=sam, image_size=image_size, high_freq=bool(high_freq), csa_blocks=csa_blocks, mrm_blocks=mrm_blocks
+            sam=sam,
+            image_size=int(image_size),
+            high_freq=bool(high_freq),
+            csa_blocks=csa_blocks,
+            mrm_blocks=mrm_blocks,
         )
 
         self.image_encoder = ImageEncoderViT(  # first, so that a seed gives the same random encoder to every model
@@ -399,7 +405,7 @@ def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError, http.client.HTTPException) as error:
             raise InputError(
-                f"SAM's weights could not be downloaded ({_one_line(error)}): get {SAM_URL}{name} and put it at {path},"
+                f"SAM's weights could not be downloaded ({one_line(error)}): get {SAM_URL}{name} and put it at {path},"
                 " or name the file with --sam-checkpoint"
             ) from error
     return path
@@ -429,7 +435,7 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
     _load_strictly(model.image_encoder, state, f"{path}, as SAM's {model.config['sam']} encoder")
 
 
-# Our names -> the released code's (SPEC: its checkpoints are one flat state dict, SAM's encoder and all).
+# Our names -> the released code's, whose checkpoints are one flat state dict, SAM's encoder and all.
 _RELEASED_NAMES = [
     (r"^csa_embedding\.", r"image_encoder.csa_embedding."),
     (r"^high_freq_embedding\.", r"image_encoder.fft_embedding.proj."),
@@ -484,18 +490,36 @@ def fingerprint(model: TSSAM) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(path: str | os.PathLike, model: TSSAM, **info) -> None:
+def save_checkpoint(
+    path: str | os.PathLike,
+    model: TSSAM,
+    *,
+    task: str,
+    encoder: str,
+    sam_checkpoint: str | None = None,
+    encoder_seed: int | None = None,
+    **info,
+) -> None:
     """Write the trained part of a model and what it takes to build it again; an older file stays until this is whole.
 
     Args:
-        path: written as `path` + ".tmp", then renamed.
-        info: plain values kept beside it. `load_checkpoint` reads `encoder` (the `fingerprint`), `sam_checkpoint`
-            (path of SAM's weights or None) and `encoder_seed` (of a random encoder, or None).
+        task: `sod`, `cod` or `shadow`.
+        encoder: the model's `fingerprint`.
+        sam_checkpoint: path of the encoder's weights.
+        encoder_seed: seed that a random encoder was drawn from, first thing after `torch.manual_seed`.
+        info: more plain values to keep.
     """
     trained = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("image_encoder.")}
-    temporary = Path(f"{path}.tmp")
-    torch.save(dict(config=model.config, trained=trained, **info), temporary)
-    os.replace(temporary, path)
+    content = dict(
+        config=model.config,
+        trained=trained,
+        task=task,
+        encoder=encoder,
+        sam_checkpoint=sam_checkpoint,
+        encoder_seed=encoder_seed,
+        **info,
+    )
+    write(Path(path), lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None) -> tuple[TSSAM, dict]:
@@ -506,18 +530,18 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
         sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`.
 
     Returns:
-        The model, on the CPU, and the file's `info`.
+        The model, on the CPU, and what else the file holds: `task`, `encoder`, ..., and `info`.
 
     Raises:
         InputError: not such a file, or an encoder other than the one it was trained on.
     """
     info = load_file(path)
-    if not {"config", "trained", "encoder", "sam_checkpoint", "encoder_seed"} <= info.keys():
+    if not {"config", "trained", "task", "encoder", "sam_checkpoint", "encoder_seed"} <= info.keys():
         raise InputError(f"{path}: not a checkpoint written by train.py")
     config, trained = info.pop("config"), info.pop("trained")
     if sam_checkpoint is None and info["encoder_seed"] is not None:
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(info["encoder_seed"])
+            torch.default_generator.manual_seed(info["encoder_seed"])
             model = build_tssam(**config)
         source = f"the random one of seed {info['encoder_seed']} and torch {torch.__version__}"
     else:
@@ -547,8 +571,9 @@ def load_file(path: str | os.PathLike) -> dict:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError as error:
         raise InputError(f"{path}: no such file") from error
-    except (OSError, RuntimeError, EOFError, pickle.UnpicklingError) as error:
-        raise InputError(f"{path}: not a readable checkpoint ({_one_line(error)})") from error
+    except Exception as error:  # what a broken or foreign file raises is anyone's guess
+        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
+        raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {reason}") from error
     if not isinstance(content, dict):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
@@ -571,5 +596,13 @@ def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, r
     module.load_state_dict({name: state[theirs] for theirs, (name, _) in wanted.items()})
 
 
-def _one_line(error: BaseException) -> str:
+def write(path: Path, save: Callable[[Path], None]) -> None:
+    """Have `save` write a file under a temporary name beside it, then rename it: a file is whole or not there."""
+    temporary = path.with_name(path.name + ".tmp")
+    save(temporary)
+    os.replace(temporary, path)
+
+
+def one_line(error: BaseException) -> str:
+    """The first line of an error's message, or its type's name: for the inside of an InputError."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
