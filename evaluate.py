@@ -61,15 +61,16 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
         InputError: no such folders, nothing in them, or an image or mask that stands alone.
     """
     files = []
-    for kind, names, example in (("image", IMAGE_FOLDERS, "Imgs"), ("mask", MASK_FOLDERS, "GT")):
-        found = _subfolders(Path(folder), names)
-        sets = [f for f in sorted(Path(folder).iterdir()) if f.is_dir() and _subfolders(f, IMAGE_FOLDERS)]
-        if not found and sets:
-            names = ", ".join(f.name for f in sets)
-            raise InputError(f"{folder}: several data sets ({names}); name one of them with --data or --val")
-        if len(found) != 1:
-            got = f"several {kind} folders ({', '.join(f.name for f in found)})" if found else f"no {kind} folder"
-            raise InputError(f"{folder}: {got}; one folder of images and one of masks is needed, such as {example}")
+    for kind, pattern, example in (("image", IMAGE_FOLDERS, "Imgs"), ("mask", MASK_FOLDERS, "GT")):
+        found = _subfolders(Path(folder), pattern)
+        if not found:
+            sets = [f.name for f in sorted(Path(folder).iterdir()) if f.is_dir() and _subfolders(f, IMAGE_FOLDERS)]
+            if sets:
+                raise InputError(f"{folder}: several data sets ({', '.join(sets)}); name one with --data or --val")
+            raise InputError(f"{folder}: no folder of {kind}s, such as {example}, which it must have")
+        if len(found) > 1:
+            names = ", ".join(f.name for f in found)
+            raise InputError(f"{folder}: several folders of {kind}s ({names}); leave one of them there")
         stems: dict[str, Path] = {}
         for file in sorted(found[0].iterdir()):
             if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith("."):
@@ -333,7 +334,7 @@ def main() -> None:
     data = Pairs(find_pairs(folder), model.config["image_size"])
     if args.save is not None and args.save.resolve() in {file.resolve().parent for pair in data.pairs for file in pair}:
         raise InputError(f"--save: {args.save} holds the data itself; name another folder")
-    print(f"{args.ckpt}: {info['task']}, {model.config['sam']}")
+    print(f"{args.ckpt}: {info['task']}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
     print(f"{folder}: {len(data)} pairs, paper protocol at {data.size} x {data.size}", flush=True)
     metrics = evaluate(model.to(args.device), data, info["task"], args.batch_size, args.workers, args.save)
     print(show(metrics))

@@ -631,7 +631,7 @@ def test_test_sets_without_splits(tmp_path, folders):
 def test_pairs_that_are_none_are_named(tmp_path):
     with pytest.raises(InputError, match="nowhere: no such folder"):
         evaluate.find_pairs(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no image folder"):
+    with pytest.raises(InputError, match="no folder of images, such as Imgs"):
         evaluate.find_pairs(tmp_path)
     make_pairs(tmp_path / "Imgs", tmp_path / "GT", ("a", "b", "c"))
     (tmp_path / "GT" / "b.png").unlink()
@@ -642,14 +642,14 @@ def test_pairs_that_are_none_are_named(tmp_path):
     with pytest.raises(InputError, match="1 files have no image of the same stem, such as c"):
         evaluate.find_pairs(tmp_path)
     (tmp_path / "masks").mkdir()
-    with pytest.raises(InputError, match=r"several mask folders \(GT, masks\)"):
+    with pytest.raises(InputError, match=r"several folders of masks \(GT, masks\)"):
         evaluate.find_pairs(tmp_path)
 
 
 def test_several_test_sets_are_named(tmp_path):
     for name in ("CAMO", "COD10K"):
         make_pairs(tmp_path / "TestDataset" / name / "Imgs", tmp_path / "TestDataset" / name / "GT")
-    with pytest.raises(InputError, match=r"TestDataset: several data sets \(CAMO, COD10K\); name one of them"):
+    with pytest.raises(InputError, match=r"TestDataset: several data sets \(CAMO, COD10K\); name one with --data"):
         evaluate.find_pairs(evaluate.find_split(tmp_path, "test"))
     assert len(evaluate.find_pairs(tmp_path / "TestDataset" / "CAMO")) == 2
 
@@ -920,6 +920,12 @@ def test_an_unreadable_image_is_named(pairs_folder, monkeypatch, capsys, workers
     code, out, err = script(monkeypatch, capsys, train, *arguments)
     assert code == 2 and err.splitlines()[-1].startswith(f"train.py: error: {broken}: cannot be read as an image")
     assert "Traceback" not in err
+    # One in the validation set costs no epoch.
+    broken.unlink()
+    (pairs_folder / "train/GT/c.png").unlink()
+    (pairs_folder / "test/Imgs/y.jpg").write_bytes(b"")
+    code, out, err = script(monkeypatch, capsys, train, *arguments, "--out", "run")
+    assert code == 2 and "y.jpg: cannot be read as an image" in err and Path("run/last.pt").exists()
 
 
 def test_masks_are_not_saved_over_the_data(pairs_folder, monkeypatch, capsys):

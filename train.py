@@ -252,17 +252,18 @@ def main() -> None:
         if not all(p.isfinite().all() for p in trained):  # an earlier epoch's checkpoint stays
             raise InputError(f"the weights are no longer finite in epoch {epoch}; try a lower --lr than {args.lr:g}")
 
+        checkpoint_info["epoch"] = epoch
+        save_checkpoint(args.out / "last.pt", model, **checkpoint_info)  # before anything in validation can fail
+
         line = f"epoch {epoch}/{args.epochs}  loss {total_loss / len(train_set):.4f}  lr {lr:.2e}  {speed:.2f} images/s"
-        metrics = evaluate(model, val_set, args.task, args.batch_size, args.workers) if val_set else {}
-        checkpoint_info.update(epoch=epoch, metrics=metrics)
-        if metrics:
-            score = -metrics["BER"] if args.task == "shadow" else metrics["S"]
+        if val_set:
+            metrics = evaluate(model, val_set, args.task, args.batch_size, args.workers)
             line += f"  {show(metrics)}"
+            score = -metrics["BER"] if args.task == "shadow" else metrics["S"]
             if score > best:
                 best = score
                 line += "  best"
-                save_checkpoint(args.out / "best.pt", model, **checkpoint_info)
-        save_checkpoint(args.out / "last.pt", model, **checkpoint_info)
+                save_checkpoint(args.out / "best.pt", model, metrics=metrics, **checkpoint_info)
         print(line, flush=True)
 
     if args.demo:

@@ -7,12 +7,11 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
     FFD    Feature Fusion Decoder         Eq. 6-10    joins the two streams into one mask
     TSSAM  the whole network              Fig. 2 (a)  taps the frozen encoder with forward hooks
 
-                            MRM ------- MRM --- ... --- MRM -------- MRM -----> f_mrm ----+
-                             ^           ^               ^            ^                   v
-    images -> patches -> block 0 --> block 1 -> ... -> block L-1 --> neck                FFD -> logits
-               |    |       v ^         v ^               v ^         v                   ^
-    F_csa^0 <--+   CSA 0 - CSA 1 ----- CSA 2 -- ... --- CSA L ----- CSA L+1 --> f_csa ----+
-        +------------^
+                                 MRM -------- MRM ----- ... ----- MRM --------- MRM ----> f_mrm --+
+                                  ^            ^                   ^             ^                |
+    images --> patches ------> block 0 ---> block 1 --> ... --> block L-1 ----> neck             FFD --> logits
+                  |       |      v ^          v ^                 v ^            v                |
+               F_csa^0 > CSA 0 - CSA 1 ------ CSA 2 --- ... ----- CSA L ------- CSA L+1 -> f_csa -+
 
     Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H that of the last 12
     blocks). Down: a CSA merges it with f_csa, and the merged map comes back up (^) in place of the block's output.
