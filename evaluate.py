@@ -3,8 +3,9 @@
     python evaluate.py --ckpt runs/sod-vit_h/best.pt                          the data it was validated on in training
     python evaluate.py --ckpt runs/sod-vit_h/best.pt --data DUTS --save masks
 
-Numbers follow the paper's protocol: prediction and mask are compared at the model's S x S, the mask binarised at > 0,
-the prediction in floating point; `py_sod_metrics` computes them. `train.py` validates with the same functions.
+Numbers follow the paper's protocol as its released code has it: prediction and mask are compared at the model's S x S,
+the mask binarised at > 0, the prediction in floating point; `py_sod_metrics` computes them. `train.py` validates with
+the same functions.
 """
 
 import argparse
@@ -66,7 +67,9 @@ def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
         if not found:
             sets = [f.name for f in sorted(Path(folder).iterdir()) if f.is_dir() and _subfolders(f, IMAGE_FOLDERS)]
             if sets:
-                raise InputError(f"{folder}: several data sets ({', '.join(sets)}); name one with --data or --val")
+                raise InputError(
+                    f"{folder}: holds data sets ({', '.join(sets)}), not images; name one with --data or --val"
+                )
             raise InputError(f"{folder}: no folder of {kind}s, such as {example}, which it must have")
         if len(found) > 1:
             names = ", ".join(f.name for f in found)
@@ -136,9 +139,9 @@ class Metrics:
     """The paper's metrics over a data set, by `py_sod_metrics`: S-measure, mean E-measure, weighted F-measure and MAE;
     for the task "shadow" the balanced error rate BER, in percent, the mean over images (source: release).
 
-    The first four see each prediction stretched to [0, 1] first, as the field's toolboxes do: they judge how a map
-    ranks its pixels, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 as it is; an image
-    without shadow counts as if all of one had been missed.
+    The first four see each prediction stretched to [0, 1] first, as the field's toolboxes do: a map's offset and
+    contrast do not count, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 (source:
+    release) as it is; an image without shadow, or with nothing else, counts 50 at least.
     """
 
     def __init__(self, task: str) -> None:
@@ -290,7 +293,7 @@ def usable_device(text: str) -> torch.device:
 
 
 def add_machine_arguments(parser: Parser) -> None:
-    """The arguments train.py and evaluate.py share: they say where things are and run, and change no number."""
+    """The arguments train.py and evaluate.py share: how many workers and which device; they change no number."""
     default, cores = "cuda" if torch.cuda.is_available() else "cpu", min(4, os.cpu_count() or 1)
     parser.add_argument(
         "--workers", type=at_least(0), default=cores, help=f"processes that read images; 0: none (here: {cores})"
@@ -306,7 +309,9 @@ def run(main: Callable[[], None]) -> None:
         try:
             main()
         except torch.OutOfMemoryError as error:
-            raise InputError("the GPU has too little memory for this; lower --batch-size") from error
+            raise InputError(
+                "the GPU has too little memory for this; lower --batch-size, or train a smaller --size or --sam"
+            ) from error
     except InputError as error:
         # One raised in a loader's worker arrives with that worker's traceback in front of its own line.
         message = str(error).rsplit("InputError: ", 1)[-1].strip()
@@ -335,7 +340,7 @@ def main() -> None:
     if args.save is not None and args.save.resolve() in {file.resolve().parent for pair in data.pairs for file in pair}:
         raise InputError(f"--save: {args.save} holds the data itself; name another folder")
     print(f"{args.ckpt}: {info['task']}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
-    print(f"{folder}: {len(data)} pairs, paper protocol at {data.size} x {data.size}", flush=True)
+    print(f"{folder}: {len(data)} pairs, paper protocol (compared at {data.size} x {data.size})", flush=True)
     metrics = evaluate(model.to(args.device), data, info["task"], args.batch_size, args.workers, args.save)
     print(show(metrics))
     if args.save is not None:

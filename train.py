@@ -1,13 +1,14 @@
 """Train TS-SAM.
 
     python train.py --task sod --data DUTS          TS-SAM_H as in the paper; --sam vit_b for TS-SAM_B
-    python train.py --task cod --data COD           80 epochs too
+    python train.py --task cod --data COD --val COD/TestDataset/CAMO
     python train.py --task shadow --data ISTD       with the high-frequency embedding, 100 epochs
     python train.py --demo                          draws a small data set and trains on it: no GPU, no downloads
 
-The defaults are the paper's values: Adam, learning rate 8e-4 falling along a cosine, a batch of 8, no augmentation but
-the resize. After every epoch the model is scored on the validation set; `last.pt` and `best.pt` (best S-measure, for
-shadows best BER) appear under --out, for `evaluate.py --ckpt`.
+The defaults are the paper's values: Adam, learning rate 8e-4 falling along a cosine, a batch of 8, 80 epochs (shadows
+100), no augmentation but the resize (to 1024 x 1024, as in the released code). After every epoch the model is scored on
+the validation set; `last.pt` and `best.pt` (best S-measure, for shadows best BER) appear under --out, for
+`evaluate.py --ckpt`.
 """
 
 import argparse
@@ -166,7 +167,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", type=at_least(1), help="(default 80; shadow 100)")
     parser.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step (default 8)")
     parser.add_argument("--lr", type=positive, default=8e-4, help="first learning rate (default 8e-4)")
-    parser.add_argument("--out", type=Path, metavar="DIR", help="folder of the run (default runs/<task>-<sam>)")
+    parser.add_argument(
+        "--out", type=Path, metavar="DIR", help="folder of the run (default runs/<task>-<sam>, or -2, -3, ...)"
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (default 0)")
     parser.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
     add_machine_arguments(parser)

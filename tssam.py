@@ -16,10 +16,11 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
     Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H that of the last 12
     blocks). Down: a CSA merges it with f_csa, and the merged map comes back up (^) in place of the block's output.
 
-The encoder is the unmodified `ImageEncoderViT` of the `segment-anything` package. Notation, as in the paper: S image
-side in pixels, g = S/16 its side in patches, C the encoder's width (768 in ViT-B), C1 = 256 the side stream's width,
-C2 = 128 the width of MRM and FFD. Feature maps are (B, channels, height, width), float32; "source" in a docstring says
-where a decision comes from: the paper, the authors' released code where the paper is silent or differs, or ours.
+The encoder is the unmodified `ImageEncoderViT` of the `segment-anything` package. Notation: C the encoder's width (768
+in ViT-B), C1 = 256 the side stream's and C2 = 128 that of MRM and FFD, as in the paper; S the image's side in pixels
+(the paper's H and W) and g = S/16 its side in patches, ours. Feature maps are (B, channels, height, width), float32;
+only inside the encoder they are (B, g, g, C). "Source" in a docstring says where a decision comes from: the paper, the
+authors' released code where the paper is silent or differs, or ours.
 
 After the network come the files it is kept in: SAM's published weights, the authors' released checkpoints, and our
 own, which hold the trained part alone.
@@ -82,7 +83,7 @@ class CSA(nn.Module):
         side: C1, channels of the side stream.
     """
 
-    def __init__(self, width: int, side: int = 256) -> None:
+    def __init__(self, width: int, side: int) -> None:
         super().__init__()
         self.up = conv1x1(side, width)
         self.down = conv1x1(width, side)
@@ -98,7 +99,10 @@ class CSA(nn.Module):
 
 
 def deconv(channels: int) -> list[nn.Module]:
-    """One step of the paper's deconv: twice the height and width, batch norm, ReLU; the channels stay."""
+    """One step of the paper's deconv: transposed convolution to twice the height and width, batch norm, ReLU.
+
+    (B, channels, h, w) -> (B, channels, 2h, 2w). Source: release; the paper names the module only.
+    """
     up = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
     return [up, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
 
@@ -124,15 +128,17 @@ class MRM(nn.Module):
     """Multi-scale Refinement Module, Eq. 3-5 (source: paper), for the two scales k = 1 (S/4) and k = 2 (S/8).
 
         Eq. 3   F^k = deconv_k(conv1x1(F_vit))          conv1x1: C -> C2; deconv_1: two steps, deconv_2: one
-        Eq. 4   F^k = tanh(W2 relu(W1 F^k)) * F^k       the gate
-        Eq. 5   F_mrm^k' = F^k + F_mrm^k                the first MRM has nothing to add to
+        Eq. 4   G^k = tanh(W2 relu(W1 F^k)) * F^k       the gate
+        Eq. 5   F_mrm^k' = G^k + F_mrm^k                the first MRM has nothing to add to
+
+    k counts as in the release; the example in the paper's II-D, S/8 first, may count the other way round.
 
     Args:
         width: C, channels of the encoder's map (the neck's for the last MRM).
         hidden: C2, channels of both outputs.
     """
 
-    def __init__(self, width: int, hidden: int = 128) -> None:
+    def __init__(self, width: int, hidden: int) -> None:
         super().__init__()
         self.compress = conv1x1(width, hidden)
         self.deconv = nn.ModuleDict(
@@ -152,7 +158,10 @@ class MRM(nn.Module):
 
 
 def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
-    """The paper's conv_3x3: 3x3 convolution without bias, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w)."""
+    """The paper's conv_3x3: 3x3 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
+
+    No bias, PyTorch's initialisation (source: release).
+    """
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
@@ -162,19 +171,21 @@ class FFD(nn.Module):
 
                 x = conv(F_csa)                                           C1 -> C2
         for k = 2, then k = 1:
-        Eq. 6   r = conv(F_mrm^k)
-        Eq. 7   key = avgpool2(r) + maxpool2(r)
+        Eq. 6   F_in = conv(F_mrm^k)
+        Eq. 7   key = avgpool(F_in) + maxpool(F_in)                       2x2 kernels; the paper's GAP and GMP
         Eq. 8   x = conv3x3([x, key])                                     stage 1: the key features
         Eq. 9   x = upsample(x)                                           2x, bilinear, corners aligned
         Eq. 10  x = conv3x3([x, F_mrm^k])                                 stage 2: the whole features
 
-    Source: paper; `conv` is 3x3 as in the release, where Eq. 6 writes 1x1: only 3x3 gives the paper's 29.44 M trained
-    parameters. The 1x1 convolution to one channel and the upsampling's corners are the release's.
+    Source: paper; `conv` is 3x3 as in the release, where the paper writes 1x1 (Eq. 6 and the sentence before it): only
+    3x3 gives the paper's 29.44 M trained parameters. The 1x1 convolution to one channel and the upsampling's corners
+    are the release's.
     """
 
-    def __init__(self, side: int = 256, hidden: int = 128) -> None:
+    def __init__(self, side: int, hidden: int) -> None:
         super().__init__()
         self.conv_csa = conv3x3(side, hidden)
+        # In the order of their use: k = 2, then k = 1.
         self.conv_mrm = nn.ModuleDict({k: conv3x3(hidden, hidden) for k in "21"})
         self.stage1 = nn.ModuleDict({k: conv3x3(2 * hidden, hidden) for k in "21"})
         self.stage2 = nn.ModuleDict({k: conv3x3(2 * hidden, hidden) for k in "21"})
@@ -184,8 +195,8 @@ class FFD(nn.Module):
         """f_csa (B, C1, g, g), f_mrm {1: (B, C2, 4g, 4g), 2: (B, C2, 2g, 2g)} -> logits (B, 1, 4g, 4g)."""
         x = self.conv_csa(f_csa)
         for k in (2, 1):
-            r = self.conv_mrm[str(k)](f_mrm[k])
-            key = F.avg_pool2d(r, 2) + F.max_pool2d(r, 2)
+            f_in = self.conv_mrm[str(k)](f_mrm[k])
+            key = F.avg_pool2d(f_in, 2) + F.max_pool2d(f_in, 2)
             x = self.stage1[str(k)](torch.cat([x, key], dim=1))
             x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
             x = self.stage2[str(k)](torch.cat([x, f_mrm[k]], dim=1))
@@ -197,9 +208,9 @@ class FFD(nn.Module):
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Size of the images' high-frequency part (shadow detection; source: release, after SAM-Adapter).
+    """Absolute value of the images' high-frequency part (shadow detection; source: release, after SAM-Adapter).
 
-    The middle square of the centred spectrum, half the image's side, is set to zero. Always in float32.
+    The middle square of the centred spectrum, S/2 wide, is set to zero. Always in float32.
 
     Args:
         images: (B, 3, S, S) normalised images.
@@ -208,7 +219,7 @@ def high_pass(images: Tensor) -> Tensor:
         (B, 3, S, S) float32, not negative.
     """
     side = images.shape[-1]
-    centre, half = side // 2, side // 4  # the release: floor(sqrt(S * S * 0.25) / 2)
+    centre, half = side // 2, side // 4  # half the square's side; the release: floor(sqrt(S * S * 0.25) / 2)
     with torch.autocast(images.device.type, enabled=False):
         spectrum = torch.fft.fftshift(torch.fft.fft2(images.float()), dim=(-2, -1))
         spectrum[..., centre - half : centre + half, centre - half : centre + half] = 0
@@ -219,10 +230,11 @@ class TSSAM(nn.Module):
     """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams beside it, the FFD behind them.
 
     With L encoder blocks there are L + 2 CSA (one for the embedded patches, one a block, one for the neck) and one MRM
-    for each of the last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13 in TS-SAM_H.
+    for each of the last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13 in TS-SAM_H (the counts are the
+    paper's, where they sit is the release's).
 
     The merged map of Eq. 1 is what the next block (or the neck) receives, so gradients flow through the frozen blocks:
-    the encoder cannot run under `no_grad` in training. Its parameters never get one.
+    the encoder cannot run under `no_grad` in training. The encoder's own parameters never get a gradient.
 
     Args:
         sam: a name of `ENCODERS`.
@@ -305,12 +317,13 @@ class TSSAM(nn.Module):
             """Patch embedding, before the position embedding: the side stream's first input F_csa^0.
 
             The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels: F_csa^0 is no
-            picture of the image but a fixed shuffle of it. It looks like a slip; its checkpoints are trained with it
-            and its outputs agree with ours only with it, so it stays (source: release, seen in its outputs alone).
+            picture of the image but a fixed shuffle of it. It looks like a slip, but its checkpoints are trained with
+            it (source: release; found by trying what makes our outputs equal to its own, its code was not read).
             """
             nonlocal f_csa
             batch, g, _, width = patches.shape
             shuffled = patches.reshape(batch, width, g, g)
+            # contiguous: with the channels last in memory, the CPU's kernels round differently from the release's run.
             f_csa = self.csa_embedding(shuffled.movedim(1, -1)).movedim(-1, 1).contiguous()
             if self.high_freq_embedding is not None:
                 f_csa = f_csa + self.high_freq_embedding(high_pass(images))
@@ -345,7 +358,7 @@ class TSSAM(nn.Module):
             taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
             encoder(images)
 
-        logits = self.ffd(f_csa, f_mrm)
+        logits = self.ffd(f_csa, f_mrm)  # at S/4; here, unlike in the FFD, corners are not aligned (source: release)
         return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
 
@@ -358,6 +371,8 @@ def build_tssam(
     mrm_blocks: Iterable[int] | None = None,
 ) -> TSSAM:
     """Build a TSSAM on the CPU (or the current default device), its encoder filled from SAM's published weights.
+
+    It comes in training mode, as every new module: call `.eval()` to predict.
 
     Args:
         sam: `vit_b`, `vit_l`, `vit_h`, or `tiny` (no published weights: for demo and tests).
@@ -529,7 +544,8 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
         sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`.
 
     Returns:
-        The model, on the CPU, and what else the file holds: `task`, `encoder`, ..., and `info`.
+        The model, on the CPU and in training mode, and a dict of what else `save_checkpoint` was given: `task`,
+        `encoder`, `sam_checkpoint`, `encoder_seed`, and from train.py `val`, `args`, `epoch` and (best.pt) `metrics`.
 
     Raises:
         InputError: not such a file, or an encoder other than the one it was trained on.
