@@ -341,6 +341,12 @@ def test_losses_of_one_sided_masks_are_finite(loss_of, value, certain):
     assert loss.dtype == torch.float32 and loss.isfinite() and logits.grad.isfinite().all()
 
 
+@pytest.mark.parametrize("loss_of", [train.bce_iou, train.balanced_bce])
+def test_losses_are_float32_whatever_the_logits(loss_of):
+    logits, masks = torch.randn(2, 1, 32, 32).bfloat16(), (torch.rand(2, 1, 32, 32) > 0.7).float()
+    assert loss_of(logits, masks.bfloat16()).item() == loss_of(logits.float(), masks).item()
+
+
 # ---------------------------------------------------------------------------------------------------------------------
 # Weights and checkpoints
 
@@ -841,6 +847,16 @@ def test_training_by_hand(pairs_folder, monkeypatch, capsys, task, loss_of):
     stored = torch.load("run/last.pt", weights_only=True)["trained"]
     for name in ("ffd.head.weight", "ffd.stage2.1.1.weight", "ffd.stage2.1.1.bias", "ffd.conv_csa.1.weight"):
         assert torch.allclose(stored[name], model.state_dict()[name], atol=2e-5), name
+
+
+@pytest.mark.parametrize("task, name, scores", [("sod", "S", (0.5, 0.7, 0.6)), ("shadow", "BER", (30.0, 20.0, 25.0))])
+def test_best_is_the_best_epoch(pairs_folder, monkeypatch, capsys, task, name, scores):
+    results = iter(scores)
+    monkeypatch.setattr(train, "evaluate", lambda *args: {name: next(results)})
+    arguments = ("--task", task, "--data", pairs_folder, *SMALL, "--epochs", 3, "--out", "run")
+    assert script(monkeypatch, capsys, train, *arguments)[0] == 0
+    best, last = (torch.load(f"run/{file}.pt", weights_only=True) for file in ("best", "last"))
+    assert (best["epoch"], best["metrics"], last["epoch"]) == (2, {name: scores[1]}, 3)
 
 
 def test_same_seed_same_run(pairs_folder, monkeypatch, capsys):
