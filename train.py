@@ -135,7 +135,7 @@ def free_folder(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-# Enough for a few shapes, two CPU cores and a minute; what is given on the command line still counts.
+# Enough for a few shapes, two CPU cores and about a minute; what is given on the command line still counts.
 DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "batch_size": 4, "lr": 2e-3}
 
 
