@@ -718,6 +718,20 @@ def test_metrics_of_one_sided_masks_are_finite(task, value):
     assert all(math.isfinite(v) for v in metrics.results().values())
 
 
+def test_evaluate_scores_in_eval_mode_and_gives_the_mode_back(tmp_path):
+    make_pairs(tmp_path / "Imgs", tmp_path / "GT")
+    data, model = evaluate.Pairs(evaluate.find_pairs(tmp_path), 64), tiny(image_size=64)
+    by_hand = evaluate.Metrics("sod")
+    with torch.no_grad():
+        for image, mask, _ in data:
+            by_hand.add(model.eval()(image[None]).sigmoid()[0, 0].numpy(), mask[0].numpy() > 0)
+    before = copy.deepcopy(model.state_dict())
+    for training in (True, False):
+        assert evaluate.evaluate(model.train(training), data, "sod", 2, 0) == pytest.approx(by_hand.results(), rel=1e-4)
+        assert model.training == training
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
 def test_masks_are_saved_at_the_images_own_size(tmp_path):
     make_pairs(tmp_path / "Imgs", tmp_path / "GT", ("a",))
     logit = torch.full((1, 16, 16), -20.0)
