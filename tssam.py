@@ -317,8 +317,8 @@ class TSSAM(nn.Module):
             """Patch embedding, before the position embedding: the side stream's first input F_csa^0.
 
             The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels: F_csa^0 is no
-            picture of the image but a fixed shuffle of it. It looks like a slip, but its checkpoints are trained with
-            it (source: release; found by trying what makes our outputs equal to its own, its code was not read).
+            picture of the image but a fixed shuffle of it. It looks like a slip, but the released checkpoints are
+            trained with it (source: release; found by trying what makes our outputs equal to its, without its code).
             """
             nonlocal f_csa
             batch, g, _, width = patches.shape
