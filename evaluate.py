@@ -1,26 +1,39 @@
-"""Score a TS-SAM checkpoint: the data set, the metrics, and the script.
+"""Score TS-SAM, or any method's saved maps: the data sets, the metrics, and the script.
 
-    python evaluate.py --ckpt runs/sod-vit_h/best.pt                          the data it was validated on in training
-    python evaluate.py --ckpt runs/sod-vit_h/best.pt --data DUTS --save masks
+    python evaluate.py --ckpt runs/sod-vit_h/best.pt                             on what it was validated on in training
+    python evaluate.py --ckpt runs/sod-vit_h/best.pt --data DUTS ECSSD --save masks --csv table.csv
+    python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol original       the authors' checkpoint
+    python evaluate.py --maps maps --data COD/TestDataset                        saved maps, no checkpoint
 
-Numbers follow the paper's protocol as its released code has it: prediction and mask are compared at the model's S x S,
-the mask binarised at > 0, the prediction in floating point; `py_sod_metrics` computes them. `train.py` validates with
-the same functions.
+A number belongs to one of two protocols, and `py_sod_metrics` computes both:
+
+    paper     as the paper's released code has it: prediction and mask are compared at the model's S x S, the mask
+              binarised at > 0 before its nearest resize, the prediction in floating point. BER: mean over images.
+    original  the field's habit: logits upsampled to the mask's own size, sigmoid, rounded to 8 bits, mask > 128.
+              Adds the maximal and the adaptive F-measure, and for shadows BER over the pooled pixels of the set.
+
+`train.py` validates with the same functions, under the paper's protocol.
 """
 
 import argparse
+import csv
 import os
 import re
 import sys
 import tempfile
-from collections.abc import Callable
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from fnmatch import fnmatchcase
+from functools import partial
 from pathlib import Path
 
 import numpy as np
 import py_sod_metrics
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw
+from PIL import Image, ImageDraw, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -28,80 +41,260 @@ from tqdm import tqdm
 from tssam import TSSAM, InputError, load_checkpoint, one_line, write
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Data
+# Finding data sets
 
-IMAGE_ENDINGS = {".jpg", ".jpeg", ".png", ".bmp", ".webp"}
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
 
-# Folder names of the data sets as people download them, letter case ignored: DUTS-TR/DUTS-TR-Image, TestDataset/Imgs,
-# train/train_A and train_B (ISTD; _C is the shadow-free image, not a mask), ...
-SPLIT_FOLDERS = {"train": r"train(ing)?(dataset)?|.*[-_]tr(ain)?", "test": r"test(ing)?(dataset)?|.*[-_]te(st)?"}
-IMAGE_FOLDERS = r"(.*[-_])?(imgs?|images?)|(train|test)_a"
-MASK_FOLDERS = r"(.*[-_])?(gts?|masks?)|ground[-_]?truths?|pixelwisegt.*|(train|test)_b"
-
-
-def _subfolders(folder: Path, names: str) -> list[Path]:
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder")
-    return [f for f in sorted(folder.iterdir()) if f.is_dir() and re.fullmatch(names, f.name, re.IGNORECASE)]
-
-
-def find_split(root: str | Path, split: str) -> Path | None:
-    """The folder of a data set's "train" or "test" split, such as DUTS/DUTS-TR; None if `root` has no such folder."""
-    found = _subfolders(Path(root), SPLIT_FOLDERS[split])
-    if len(found) > 1:
-        raise InputError(f"{root}: several {split} folders ({', '.join(f.name for f in found)}); name one of them")
-    return found[0] if found else None
+# Folder names of the data sets as people download them, letter case ignored; * is anything, [-_] one of the two.
+# train_a and train_b are ISTD's; its train_c is the shadow-free image, not a mask.
+SPLIT_FOLDERS = {
+    "train": ("train", "training", "traindataset", "trainingdataset", "*[-_]tr", "*[-_]train"),
+    "test": ("test", "testing", "testdataset", "testingdataset", "*[-_]te", "*[-_]test"),
+}
+IMAGE_FOLDERS = (
+    *("img", "imgs", "image", "images", "*[-_]img", "*[-_]imgs", "*[-_]image", "*[-_]images", "shadowimages"),
+    *("train_a", "test_a"),
+)
+MASK_FOLDERS = (
+    *("gt", "gts", "mask", "masks", "*[-_]gt", "*[-_]gts", "*[-_]mask", "*[-_]masks", "gt_object", "shadowmasks"),
+    *("groundtruth", "ground[-_]truth", "pixelwisegt*", "train_b", "test_b"),
+)
 
 
-def find_pairs(folder: str | Path) -> list[tuple[Path, Path]]:
-    """The (image, mask) files of a folder that holds a folder of images and one of masks, paired by file stem.
+@dataclass(frozen=True)
+class ImageSet:
+    """A data set's images and masks: its name in tables, where it was found, "train", "test" or None where it has no
+    splits, and its (image, mask) files, sorted; a mask is None where the set has none."""
+
+    name: str
+    folder: Path
+    split: str | None
+    pairs: list[tuple[Path, Path | None]]
+
+    def __str__(self) -> str:
+        image, mask = self.pairs[0]
+        split = f"{self.split} split" if self.split else "no splits"
+        if mask is None:
+            return f"{self.name}: {image.parent}, {split}, {len(self.pairs)} images without masks"
+        return f"{self.name}: {image.parent} and {mask.parent.name}, {split}, {len(self.pairs)} pairs"
+
+
+def named(name: str, patterns: Iterable[str]) -> bool:
+    """Whether one of `patterns` (lower case) fits a folder's name."""
+    return any(fnmatchcase(name.lower(), pattern) for pattern in patterns)
+
+
+def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
+    """The data sets in `roots`.
+
+    Args:
+        roots: each a data set's root (its `split` is taken where it has splits), a folder of its images beside one of
+            its masks, or for "test" also a folder above several data sets, a folder of images alone, or an image file.
+        split: "train" (every set has masks) or "test".
 
     Raises:
-        InputError: no such folders, nothing in them, or an image or mask that stands alone.
+        InputError: a root without a data set, the same set twice, and the errors of `pair_files`.
+    """
+    sets: list[ImageSet] = []
+    for root in roots:
+        found = search(root, split)
+        if not found and split == "test":
+            if root.is_dir():
+                name, files = root.resolve().name, list(image_files(root).values())
+            else:
+                name, files = root.stem, [root] if root.is_file() and root.suffix.lower() in IMAGE_ENDINGS else []
+            found = [ImageSet(name, root, None, [(file, None) for file in files])] if files else []
+        if not found:
+            raise InputError(not_found(root, split))
+        if split == "train":
+            if len(found) > 1 and any(s.split is None for s in found):
+                names = ", ".join(str(s.folder) for s in found)
+                raise InputError(f"{root}: holds several data sets ({names}); name those to train on")
+            for s in found:
+                if s.pairs[0][1] is None:
+                    raise InputError(f"{s.folder}: no folder of masks; looked for {', '.join(MASK_FOLDERS)}")
+        sets += found
+    folders = [s.folder.resolve() for s in sets]
+    for s, folder in zip(sets, folders, strict=True):
+        if folders.count(folder) > 1:
+            raise InputError(f"{s.folder}: named twice; once is enough")
+    return sets
+
+
+def search(folder: Path, split: str, inside: str | None = None, depth: int = 4) -> list[ImageSet]:
+    """The data sets in a folder, down to `depth` levels below it; `inside` is the split it lies in, if any."""
+    subfolders = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._") if folder.is_dir() else []
+    inside = next((s for s, patterns in SPLIT_FOLDERS.items() if named(folder.resolve().name, patterns)), inside)
+    splits = [f for f in subfolders if named(f.name, SPLIT_FOLDERS[split])]
+    if splits:
+        return [s for f in splits for s in search(f, split, split, depth - 1)]
+    if any(named(f.name, IMAGE_FOLDERS) for f in subfolders):
+        return [ImageSet(set_name(folder), folder, inside, pair_files(folder, subfolders))]
+    others = [p for s, patterns in SPLIT_FOLDERS.items() if s != split for p in patterns]
+    return [
+        s for f in subfolders if depth > 0 and not named(f.name, others) for s in search(f, split, inside, depth - 1)
+    ]
+
+
+def set_name(folder: Path) -> str:
+    """A data set's name: its folder's, or where that only says the split (ISTD/test) that of the folder above."""
+    folder = folder.resolve()
+    bare = [p for patterns in SPLIT_FOLDERS.values() for p in patterns if "*" not in p]
+    return folder.parent.name if named(folder.name, bare) else folder.name
+
+
+def not_found(root: Path, split: str) -> str:
+    """The message of a root without a data set: what was looked for, and what is there."""
+    if not root.exists():
+        return f"{root}: no such folder"
+    if root.is_file():
+        return f"{root}: neither a folder nor an image file ({', '.join(IMAGE_ENDINGS)})"
+    there = sorted(f.name for f in root.iterdir() if f.is_dir())
+    return (
+        f"{root}: no data set for the {split} split; looked, there and below, for a folder of images"
+        f" ({', '.join(IMAGE_FOLDERS)}) beside one of masks ({', '.join(MASK_FOLDERS)}),"
+        f" in a folder of the split ({', '.join(SPLIT_FOLDERS[split])}) where there is one;"
+        f" the folders there: {', '.join(there[:10]) or 'none'}"
+    )
+
+
+def image_files(folder: Path) -> dict[str, Path]:
+    """The image files in a folder by their stems, sorted; hidden files are left out."""
+    files: dict[str, Path] = {}
+    for file in sorted(folder.iterdir()):
+        if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith(".") and file.is_file():
+            if file.stem in files:
+                raise InputError(f"{file}: {files[file.stem].name} beside it has the same stem; remove one of them")
+            files[file.stem] = file
+    return files
+
+
+def pair_files(folder: Path, subfolders: list[Path]) -> list[tuple[Path, Path | None]]:
+    """The (image, mask) files of a folder with a subfolder of images and one of masks, paired by stem.
+
+    Raises:
+        InputError: several such subfolders, no files in them, or an image or mask that stands alone.
     """
     files = []
-    for kind, pattern, example in (("image", IMAGE_FOLDERS, "Imgs"), ("mask", MASK_FOLDERS, "GT")):
-        found = _subfolders(Path(folder), pattern)
-        if not found:
-            sets = [f.name for f in sorted(Path(folder).iterdir()) if f.is_dir() and _subfolders(f, IMAGE_FOLDERS)]
-            if sets:
-                raise InputError(
-                    f"{folder}: holds data sets ({', '.join(sets)}), not images; name one with --data or --val"
-                )
-            raise InputError(f"{folder}: no folder of {kind}s, such as {example}, which it must have")
+    for kind, patterns in (("image", IMAGE_FOLDERS), ("mask", MASK_FOLDERS)):
+        found = [f for f in subfolders if named(f.name, patterns)]
         if len(found) > 1:
             names = ", ".join(f.name for f in found)
             raise InputError(f"{folder}: several folders of {kind}s ({names}); leave one of them there")
-        stems: dict[str, Path] = {}
-        for file in sorted(found[0].iterdir()):
-            if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith("."):
-                if file.stem in stems:
-                    raise InputError(f"{file}: {stems[file.stem].name} beside it has the same stem; remove one of them")
-                stems[file.stem] = file
-        if not stems:
-            raise InputError(f"{found[0]}: no image files ({', '.join(sorted(IMAGE_ENDINGS))})")
-        files.append(stems)
+        files.append(image_files(found[0]) if found else {})
+        if found and not files[-1]:
+            raise InputError(f"{found[0]}: no image files ({', '.join(IMAGE_ENDINGS)})")
     images, masks = files
+    if not masks:
+        return [(file, None) for file in images.values()]
     for kind, alone in (("mask", images.keys() - masks.keys()), ("image", masks.keys() - images.keys())):
         if alone:
             names = ", ".join(sorted(alone)[:3])
             raise InputError(f"{folder}: {len(alone)} files have no {kind} of the same stem, such as {names}")
-    return [(images[stem], masks[stem]) for stem in sorted(images)]
+    return [(file, masks[stem]) for stem, file in images.items()]
 
 
-def read_image(path: Path, mode: str) -> Image.Image:
-    """An image file as a PIL image of `mode` ("RGB", or "L" for masks).
+# ---------------------------------------------------------------------------------------------------------------------
+# Reading images and masks
+
+IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+
+
+def open_image(path: Path, decode: bool = True) -> Image.Image:
+    """An image file, with its pixels or (much faster) its header alone.
 
     Raises:
         InputError: the file cannot be read as an image.
     """
     try:
         with Image.open(path) as image:
-            return image.convert(mode)
-    except (OSError, EOFError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+            if decode:
+                image.load()
+            return image
+    except Exception as error:  # what a broken file raises is anyone's guess
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
+
+
+def orientation(image: Image.Image, mask_size: tuple[int, int] | None) -> int:
+    """The EXIF orientation (1 to 8) in which an image is to be read.
+
+    With a mask it is 1, as the pixels lie, unless EXIF lays the image on its side and the mask (width, height) lies
+    that way too: then the mask was drawn on the turned picture. Without one it is EXIF's, as in any viewer.
+    """
+    exif = Image.Exif()
+    try:
+        exif.load(image.info.get("exif"))
+    except Exception:  # broken EXIF in an otherwise good file
+        return 1
+    value = exif.get(0x0112)
+    if value not in range(2, 9):
+        return 1
+    if mask_size is not None:
+        (width, height), (mask_width, mask_height) = image.size, mask_size
+        if value < 5 or (width - height) * (mask_width - mask_height) >= 0:
+            return 1
+    return value
+
+
+def sizes_of(image_file: Path, mask_file: Path | None) -> tuple[tuple[int, int], tuple[int, int]]:
+    """(width, height) of an image as `read_image` gives it, and of its mask (without one, the image's again)."""
+    mask_size = open_image(mask_file, decode=False).size if mask_file is not None else None
+    image = open_image(image_file, decode=False)
+    size = image.size[::-1] if orientation(image, mask_size) >= 5 else image.size
+    return size, mask_size or size
+
+
+def read_image(path: Path, mask_size: tuple[int, int] | None = None) -> Image.Image:
+    """An image file of any mode as RGB, turned as `orientation` says; alpha is dropped (source: release)."""
+    image = open_image(path)
+    if orientation(image, mask_size) > 1:
+        image = ImageOps.exif_transpose(image)
+    return to_rgb(eight_bit(image))
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """An image as RGB, alpha dropped; a palette's by way of RGBA, without which PIL warns of its transparency."""
+    return (image.convert("RGBA") if image.mode == "P" else image).convert("RGB")
+
+
+def eight_bit(image: Image.Image) -> Image.Image:
+    """An image of 16-bit grey levels as 8-bit ones, any other as it is."""
+    if not image.mode.startswith("I"):
+        return image
+    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+
+
+def read_mask(path: Path) -> Image.Image:
+    """A mask file of any mode as 8-bit grey, 0 only where the file is black.
+
+    Colours count by their strongest channel. A mask of a single level besides 0, and that not above 128 (masks of 0 and
+    1, dark palettes), gets 255 for it: both protocols' thresholds then say the same.
+    """
+    image = open_image(path)
+    if image.mode.startswith("I"):
+        values = np.asarray(image).clip(0, 65535).astype(np.int64)
+        if values.max() > 255:  # else 8-bit levels in a 16-bit file
+            values = (values + 256) // 257  # 65535 -> 255, and nothing but 0 -> 0
+    elif image.mode in ("1", "L", "LA"):
+        values = np.asarray(image.convert("L"))
+    else:
+        values = np.asarray(to_rgb(image)).max(axis=-1)
+    top = values.max()
+    if 0 < top <= 128 and not ((values > 0) & (values < top)).any():
+        values = (values > 0) * 255
+    return Image.fromarray(values.astype(np.uint8))
+
+
+def foreground(mask: Image.Image, size: int) -> np.ndarray:
+    """A mask at S x S, nearest: (S, S) bool, true where its grey is above 0 (source: release)."""
+    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+
+
+def to_input(image: Image.Image, size: int) -> Tensor:
+    """An RGB image as the network takes it: (3, S, S) float32, resized bilinearly, /255, ImageNet's mean and std."""
+    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
+    return (torch.from_numpy(pixels).movedim(-1, 0).float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
 
 
 class Pairs(Dataset):
@@ -111,8 +304,7 @@ class Pairs(Dataset):
         pairs: (image, mask) files.
         size: S.
 
-    An item is (image, mask, index into `pairs`). image: (3, S, S) float32, RGB, resized bilinearly, /255, ImageNet's
-    mean and std taken out. mask: (1, S, S) float32, 1 where the file's grey is above 0, resized to the nearest.
+    An item is (image, mask): (3, S, S) float32 as in `to_input`, and (1, S, S) float32 of 0 and 1.
     """
 
     def __init__(self, pairs: list[tuple[Path, Path]], size: int) -> None:
@@ -121,71 +313,182 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor, int]:
+    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
         image_file, mask_file = self.pairs[index]
-        size = (self.size, self.size)
-        image = read_image(image_file, "RGB").resize(size, Image.Resampling.BILINEAR)
-        mask = read_image(mask_file, "L").resize(size, Image.Resampling.NEAREST)
-        image = torch.from_numpy(np.array(image)).movedim(-1, 0).float() / 255
-        mask = torch.from_numpy(np.array(mask)[None] > 0).float()
-        return (image - IMAGENET_MEAN) / IMAGENET_STD, mask, index
+        mask = read_mask(mask_file)
+        image = to_input(read_image(image_file, mask.size), self.size)
+        return image, torch.from_numpy(foreground(mask, self.size)[None]).float()
+
+
+class Pictures(Pairs):
+    """The images alone, to predict from. An item is (image, index, [[height, width] of the image, of its mask])."""
+
+    def __getitem__(self, index: int) -> tuple[Tensor, int, Tensor]:
+        image_file, mask_file = self.pairs[index]
+        image_size, mask_size = sizes_of(image_file, mask_file)
+        image = read_image(image_file, mask_size if mask_file is not None else None)
+        return to_input(image, self.size), index, torch.tensor([image_size[::-1], mask_size[::-1]])
+
+
+def check_sizes(pairs: list[tuple[Path, Path | None]], kind: str = "image") -> None:
+    """Open the header of every file; warn, once, of the images (or maps) that are not of their mask's size.
+
+    Raises:
+        InputError: a file is no image.
+    """
+    unequal = []
+    for file, mask_file in tqdm(pairs, "headers", unit="img", leave=False, disable=None):
+        size, mask_size = sizes_of(file, mask_file)
+        if size != mask_size:
+            unequal.append(f"{file.stem} ({size[0]} x {size[1]}, mask {mask_size[0]} x {mask_size[1]})")
+    if unequal:
+        names = ", ".join(unequal[:3])
+        print(
+            f"warning: {len(unequal)} of {len(pairs)} {kind}s are not of their mask's size, such as {names};"
+            " each is resized by itself",
+            file=sys.stderr,
+        )
+
+
+def loader(data: Dataset, batch_size: int, workers: int, **options) -> DataLoader:
+    """A DataLoader over `data`; page-locked memory where there is a GPU to copy to."""
+    return DataLoader(data, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Metrics
 
+PROTOCOLS = {
+    "paper": "compared at the model's size, mask > 0, prediction in floating point",
+    "original": "compared at each mask's own size, mask > 128, prediction in 8 bits",
+}
 
-class Metrics:
-    """The paper's metrics over a data set, by `py_sod_metrics`: S-measure, mean E-measure, weighted F-measure and MAE;
-    for the task "shadow" the balanced error rate BER, in percent, the mean over images (source: release).
 
-    The first four see each prediction stretched to [0, 1] first, as the field's toolboxes do: a map's offset and
-    contrast do not count, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 (source:
-    release) as it is; an image without shadow, or with nothing else, counts 50 at least.
+def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) -> dict[str, float | np.ndarray]:
+    """One image's metrics, by `py_sod_metrics`.
+
+    All but BER see the prediction stretched to [0, 1] first, as the field's toolboxes do: a map's offset and contrast
+    do not count, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 as it is (source:
+    release); an image without shadow, or with nothing else, counts 50 at least.
+
+    Args:
+        prediction: (H, W), floats in [0, 1] (paper) or uint8 (original).
+        mask: (H, W) bool.
+
+    Returns:
+        "S"; for the task "shadow" also "BER" in percent and "counts", the true and false positive, true and false
+        negative pixels; else "E" (at 256 thresholds), "wF", "MAE", and original: "F" (at 256 thresholds), "adpF".
     """
+    grey = prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255  # the range step takes
 
-    def __init__(self, task: str) -> None:
-        self.task = task
-        self.s, self.e = py_sod_metrics.Smeasure(), py_sod_metrics.Emeasure()
-        self.wf, self.mae = py_sod_metrics.WeightedFmeasure(), py_sod_metrics.MAE()
-        handler = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False, with_binary=True)
-        self.ber = py_sod_metrics.FmeasureV2({"ber": handler})
+    def result_of(metric) -> dict:
+        metric.step(grey, mask.astype(np.uint8) * 255)
+        return metric.get_results()
 
-    def add(self, probability: np.ndarray, mask: np.ndarray) -> None:
-        """One image: probability (H, W) float in [0, 1], mask (H, W) bool."""
-        probability = probability.astype(np.float64)
-        if self.task == "shadow":
-            # Thresholded here: the handler's own step stretches a prediction to [0, 1] first.
-            binary = (probability > 125 / 255).astype(np.float64)
-            self.ber.step(binary, mask, normalize=False)
-        else:
-            for metric in (self.s, self.e, self.wf, self.mae):
-                metric.step(probability * 255, mask.astype(np.uint8) * 255)  # step takes the range of 8-bit images
+    result = {"S": result_of(py_sod_metrics.Smeasure())["sm"]}
+    if task == "shadow":
+        positive = np.count_nonzero(mask)
+        counts = py_sod_metrics.FmeasureV2.get_statistics(grey > 125, mask, positive, mask.size - positive)
+        return result | {"BER": ber(counts.values()), "counts": np.array(list(counts.values()))}
+    result["E"] = result_of(py_sod_metrics.Emeasure())["em"]["curve"]
+    result["wF"] = result_of(py_sod_metrics.WeightedFmeasure())["wfm"]
+    result["MAE"] = result_of(py_sod_metrics.MAE())["mae"]
+    if protocol == "original":
+        handler = py_sod_metrics.FmeasureHandler(with_dynamic=True, with_adaptive=True, beta=0.3)
+        f = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
+        result |= {"F": f["dynamic"], "adpF": f["adaptive"]}
+    return result
+
+
+def ber(counts: Iterable[int]) -> float:
+    """Balanced error rate in percent from the numbers of true and false positives, true and false negatives."""
+    tp, fp, tn, fn = counts
+    return 100 * float(py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False)(tp=tp, fp=fp, tn=tn, fn=fn))
+
+
+class Scores:
+    """The metrics over a data set: the sums of what `score` gave, and each image's S-measure in the order added."""
+
+    def __init__(self, task: str, protocol: str) -> None:
+        self.task, self.protocol = task, protocol
+        self.sums: dict[str, float | np.ndarray] = {}
+        self.s: list[float] = []
+
+    def add(self, result: dict[str, float | np.ndarray]) -> None:
+        self.sums = {name: self.sums.get(name, 0) + value for name, value in result.items()}
+        self.s.append(float(result["S"]))
 
     def results(self) -> dict[str, float]:
-        """{"S", "E", "wF", "MAE"}, or {"BER"} in percent."""
+        """Shadows: BER in percent, the mean over images; original protocol: also BER_pooled, over all their pixels.
+        Others: S-measure, mean E-measure, weighted F-measure and MAE; original: also the maximum of the mean F-measure
+        over thresholds, and the adaptive one, with beta^2 = 0.3."""
+        mean = {name: total / len(self.s) for name, total in self.sums.items()}
+        original = self.protocol == "original"
         if self.task == "shadow":
-            return {"BER": 100 * float(self.ber.get_results()["ber"]["binary"])}
-        return {
-            "S": float(self.s.get_results()["sm"]),
-            "E": float(self.e.get_results()["em"]["curve"].mean()),
-            "wF": float(self.wf.get_results()["wfm"]),
-            "MAE": float(self.mae.get_results()["mae"]),
-        }
+            results = {"BER": mean["BER"]} | ({"BER_pooled": ber(self.sums["counts"])} if original else {})
+        else:
+            results = {"S": mean["S"], "E": mean["E"].mean(), "wF": mean["wF"], "MAE": mean["MAE"]}
+            results |= {"maxF": mean["F"].max(), "adpF": mean["adpF"]} if original else {}
+        return {name: float(value) for name, value in results.items()}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Tables
+
+CSV_COLUMNS = ("dataset", "images", "protocol", "S", "E", "wF", "MAE", "maxF", "adpF", "BER", "BER_pooled")
+
+# Tables I and II of the paper, for TS-SAM_B and TS-SAM_H: S, E, wF, MAE, or BER. Table III's numbers are not at hand.
+PUBLISHED = {
+    "CHAMELEON": ((0.912, 0.947, 0.849, 0.023), (0.942, 0.966, 0.900, 0.017)),
+    "CAMO": ((0.826, 0.862, 0.753, 0.073), (0.887, 0.925, 0.830, 0.047)),
+    "COD10K": ((0.863, 0.909, 0.771, 0.029), (0.914, 0.950, 0.856, 0.017)),
+    "NC4K": ((0.866, 0.900, 0.799, 0.045), (0.905, 0.933, 0.860, 0.032)),
+    "ISTD": ((1.11,), (1.04,)),
+}
+
+
+def digits(name: str, value: float, number: int = 4) -> str:
+    """A metric as tables print it: BER with two decimals, the others with `number`."""
+    return f"{value:.{2 if name.startswith('BER') else number}f}"
 
 
 def show(metrics: dict[str, float]) -> str:
-    """Metrics as the tables print them: `S 0.9142  E 0.9504  wF 0.8560  MAE 0.0171`, or `BER 1.04`."""
-    return "  ".join(f"{name} {value:.{2 if name == 'BER' else 4}f}" for name, value in metrics.items())
+    """Metrics on a line: `S 0.9142  E 0.9504  wF 0.8560  MAE 0.0171`, or `BER 1.04`."""
+    return "  ".join(f"{name} {digits(name, value)}" for name, value in metrics.items())
+
+
+def table_row(name: str, images: object, cells: dict[str, str], width: int) -> str:
+    """A line of the table; `cells` are its columns' names and what they say here."""
+    return f"{name:<{width}}  {images:>6}" + "".join(f"  {cell:>{max(6, len(m))}}" for m, cell in cells.items())
+
+
+def published_rows(name: str, metrics: dict[str, float], width: int) -> list[str]:
+    """The paper's rows for a data set that it has (CAMO, camo-test, ...), in the columns of `metrics`."""
+    name = re.sub(r"[-_]te(st)?$", "", name, flags=re.IGNORECASE).upper()
+    columns = ("BER",) if name == "ISTD" else ("S", "E", "wF", "MAE")
+    rows = []
+    for model, values in zip(("TS-SAM_B", "TS-SAM_H"), PUBLISHED.get(name, ()), strict=False):
+        published = dict(zip(columns, values, strict=True))
+        if published.keys() <= metrics.keys():
+            cells = {m: digits(m, published[m], 3) if m in published else "" for m in metrics}
+            rows.append(table_row(f"  {model}, paper", "", cells, width))
+    return rows
+
+
+def write_csv(rows: list[dict], path: Path) -> None:
+    """A row for each data set, numbers in full precision, empty where a column does not apply."""
+
+    def save(temporary: Path) -> None:
+        with temporary.open("w", newline="") as file:
+            table = csv.DictWriter(file, CSV_COLUMNS, restval="")
+            table.writeheader()
+            table.writerows(rows)
+
+    write(path, save)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Scoring
-
-
-def loader(data: Pairs, batch_size: int, workers: int, **options) -> DataLoader:
-    """A DataLoader over `data`; page-locked memory where there is a GPU to copy to."""
-    return DataLoader(data, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
 
 
 def progress(images: int, what: str) -> tqdm:
@@ -193,58 +496,128 @@ def progress(images: int, what: str) -> tqdm:
     return tqdm(total=images, desc=what, unit="img", leave=False, disable=None)
 
 
+def in_order(work: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
+    """work(*job) for each job, in their order, done in `workers` processes beside this one (0: in this one).
+
+    At most two jobs a process are under way: `jobs` is only drawn from as they are done.
+    """
+    if workers == 0:
+        yield from (work(*job) for job in jobs)
+        return
+    with ProcessPoolExecutor(workers) as pool:
+        under_way = deque()
+        for job in jobs:
+            under_way.append(pool.submit(work, *job))
+            if len(under_way) >= 2 * workers:
+                yield under_way.popleft().result()
+        while under_way:
+            yield under_way.popleft().result()
+
+
+def to_map(logit: Tensor, size: tuple[int, int]) -> np.ndarray:
+    """Logit (1, S, S) as a map of `size` (height, width): bilinear, sigmoid, rounded to 8 bits; (H, W) uint8."""
+    full = F.interpolate(logit[None], size, mode="bilinear", align_corners=False)[0, 0]
+    return (full.sigmoid() * 255).round().byte().cpu().numpy()
+
+
 @torch.inference_mode()
-def evaluate(model: TSSAM, data: Pairs, task: str, batch_size: int, workers: int, save: Path | None = None) -> dict:
-    """Score a model (on its own device) and leave it in the mode it was in.
+def predict(
+    model: TSSAM, pairs: list, protocol: str, batch_size: int, workers: int, save: Path | None
+) -> Iterator[tuple]:
+    """The first three arguments of `finish` for each pair; in `save` it will write <image's stem>.png."""
+    device, data = next(model.parameters()).device, Pictures(pairs, model.config["image_size"])
+    for images, indices, sizes in loader(data, batch_size, workers):
+        logits = model(images.to(device, non_blocking=True)).float()
+        for logit, index, (own_size, mask_size) in zip(logits, indices.tolist(), sizes.tolist(), strict=True):
+            image_file, mask_file = pairs[index]
+            saved = (to_map(logit, own_size), save / f"{image_file.stem}.png") if save is not None else None
+            if mask_file is None:
+                prediction = None
+            elif protocol == "paper":
+                prediction = logit[0].sigmoid().cpu().numpy()
+            else:
+                prediction = to_map(logit, mask_size)
+            yield prediction, mask_file, saved
+
+
+def finish(
+    prediction: np.ndarray | None, mask_file: Path | None, saved: tuple | None, task: str, protocol: str
+) -> dict | None:
+    """What is left to do for an image after the network: write its map (`saved`: map, file) and `score` it."""
+    if saved is not None:
+        grey, file = saved
+        write(file, lambda temporary: Image.fromarray(grey).save(temporary, "PNG"))
+    if mask_file is None:
+        return None
+    mask = read_mask(mask_file)
+    at_size = foreground(mask, len(prediction)) if protocol == "paper" else np.asarray(mask) > 128
+    return score(prediction, at_size, task, protocol)
+
+
+def finish_map(map_file: Path, mask_file: Path, task: str) -> dict:
+    """`score` a saved map under the original protocol; one of another size than the mask is resized bilinearly."""
+    mask, grey = read_mask(mask_file), to_rgb(eight_bit(open_image(map_file))).convert("L")
+    if grey.size != mask.size:
+        grey = grey.resize(mask.size, Image.Resampling.BILINEAR)
+    return score(np.asarray(grey), np.asarray(mask) > 128, task, "original")
+
+
+def collect(results: Iterable[dict | None], total: int, task: str, protocol: str) -> Scores:
+    """Add up an image's `results` after the other, under a progress bar."""
+    scores = Scores(task, protocol)
+    with progress(total, "evaluate") as bar:
+        for result in results:
+            if result is not None:
+                scores.add(result)
+            bar.update()
+    return scores
+
+
+def evaluate(
+    model: TSSAM,
+    pairs: list[tuple[Path, Path | None]],
+    task: str,
+    protocol: str,
+    batch_size: int,
+    workers: int,
+    save: Path | None = None,
+) -> Scores:
+    """Score a model (on its own device) and leave it in the mode it was in. No image is kept after its turn.
 
     Args:
-        save: existing folder for the masks: <image's stem>.png, 8-bit grey, at the image's own size.
-
-    Returns:
-        `Metrics.results`.
+        pairs: (image, mask) files; images without a mask are only predicted.
+        workers: processes that read images, and as many that score them; 0: neither.
+        save: existing folder for the maps: <image's stem>.png, 8-bit grey, at the image's own size.
     """
-    device = next(model.parameters()).device
-    metrics, was_training = Metrics(task), model.training
+    was_training = model.training
     model.eval()
     try:
-        with progress(len(data), "evaluate") as bar:
-            for images, masks, indices in loader(data, batch_size, workers):
-                logits = model(images.to(device, non_blocking=True)).float()
-                for logit, mask, index in zip(logits, masks, indices.tolist(), strict=True):
-                    metrics.add(logit.sigmoid()[0].cpu().numpy(), mask[0].numpy() > 0)
-                    if save is not None:
-                        save_mask(logit, data.pairs[index][0], save)
-                bar.update(len(images))
+        jobs = predict(model, pairs, protocol, batch_size, workers, save)
+        results = in_order(partial(finish, task=task, protocol=protocol), jobs, workers)
+        return collect(results, len(pairs), task, protocol)
     finally:
         model.train(was_training)
-    return metrics.results()
 
 
-def save_mask(logit: Tensor, image_file: Path, folder: Path) -> None:
-    """Write logit (1, S, S) as folder/<stem>.png at the size of `image_file`: bilinear, sigmoid, rounded to 8 bits."""
-    with Image.open(image_file) as image:
-        width, height = image.size
-    full = F.interpolate(logit[None], (height, width), mode="bilinear", align_corners=False)[0, 0]
-    grey = (full.sigmoid() * 255).round().byte().cpu().numpy()
-    write(folder / f"{image_file.stem}.png", lambda file: Image.fromarray(grey).save(file, "PNG"))
-
-
-def save_overview(files: list[tuple[Path, Path, Path]], path: Path, height: int = 160) -> None:
-    """Draw a row `image | ground truth | prediction` for each (image, mask, prediction) file into one PNG."""
-    rows = []
-    for image_file, mask_file, prediction_file in files:
-        mask = read_image(mask_file, "L").point(lambda grey: 255 if grey > 0 else 0)
-        row = [read_image(image_file, "RGB"), mask, read_image(prediction_file, "L")]
+def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path, height: int = 160) -> None:
+    """Draw a row `image | ground truth | prediction` for each (title, image, mask, prediction file) into one PNG."""
+    panels = []
+    for _, image_file, mask_file, prediction_file in rows:
+        mask = read_mask(mask_file)
+        row = [read_image(image_file, mask.size), mask, open_image(prediction_file)]
         width = max(1, round(height * row[0].width / row[0].height))
-        rows.append([panel.resize((width, height)).convert("RGB") for panel in row])
-    gap, title = 6, 16
-    column = max(row[0].width for row in rows) + gap
-    sheet = Image.new("RGB", (3 * column + gap, title + len(rows) * (height + gap)), "white")
+        panels.append([panel.convert("RGB").resize((width, height)) for panel in row])
+    gap, text = 6, 16
+    column = max(row[0].width for row in panels) + gap
+    sheet = Image.new("RGB", (3 * column + gap, text + len(rows) * (text + height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, name in enumerate(("image", "ground truth", "prediction")):
         draw.text((gap + x * column, 2), name, fill="black")
-        for y, row in enumerate(rows):
-            sheet.paste(row[x], (gap + x * column, title + y * (height + gap)))
+    for y, ((title, *_), row) in enumerate(zip(rows, panels, strict=True)):
+        top = text + y * (text + height + gap)
+        draw.text((gap, top + 2), title.encode("ascii", "replace").decode(), fill="black")  # what any font can draw
+        for x, panel in enumerate(row):
+            sheet.paste(panel, (gap + x * column, top + text))
     write(path, lambda file: sheet.save(file, "PNG"))
 
 
@@ -294,9 +667,12 @@ def usable_device(text: str) -> torch.device:
 
 def add_machine_arguments(parser: Parser) -> None:
     """The arguments train.py and evaluate.py share: how many workers and which device; they change no number."""
-    default, cores = "cuda" if torch.cuda.is_available() else "cpu", min(4, os.cpu_count() or 1)
+    default, cores = "cuda" if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
     parser.add_argument(
-        "--workers", type=at_least(0), default=cores, help=f"processes that read images; 0: none (here: {cores})"
+        "--workers",
+        type=at_least(0),
+        default=cores,
+        help=f"processes that read images, and as many that score them; 0: none (here: {cores})",
     )
     parser.add_argument(
         "--device", type=usable_device, default=default, help=f"cuda, cuda:1, cpu, ... (here: {default})"
@@ -319,32 +695,141 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def main() -> None:
+def find_maps(maps: Path, s: ImageSet, only: bool) -> list[tuple[Path, Path]]:
+    """The (map, mask) files of a data set: in its folder under `maps`, or in `maps` if it is the only set."""
+    if not maps.is_dir():
+        raise InputError(f"--maps: {maps}: no such folder")
+    folder = maps / s.name
+    if not folder.is_dir():
+        if not only:
+            raise InputError(f"--maps: {maps} has no folder {s.name}")
+        folder = maps
+    files = image_files(folder)
+    missing = [image.stem for image, _ in s.pairs if image.stem not in files]
+    if missing:
+        names = ", ".join(missing[:3])
+        raise InputError(f"{folder}: {len(missing)} of {len(s.pairs)} images have no map, such as {names}")
+    return [(files[image.stem], mask) for image, mask in s.pairs]
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line.
+
+    Raises:
+        InputError: arguments that do not go together.
+    """
     parser = Parser(__doc__)
-    parser.add_argument("--ckpt", required=True, help="checkpoint of train.py: last.pt or best.pt")
-    parser.add_argument("--data", help="data set, its test split if it has one (default: the one validated on)")
-    parser.add_argument("--save", type=Path, metavar="DIR", help="write the masks there, at each image's own size")
+    what = parser.add_mutually_exclusive_group(required=True)
+    what.add_argument("--ckpt", metavar="FILE", help="checkpoint of train.py, or of the authors' code")
+    what.add_argument("--maps", type=Path, metavar="DIR", help="score saved maps, DIR/<data set>/<stem>.png")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="data sets (their test split, if they have one), folders above several, images without masks, or image"
+        " files (default: the data it was validated on in training)",
+    )
+    parser.add_argument(
+        "--protocol", choices=tuple(PROTOCOLS), help="(default paper; --maps knows the original protocol only)"
+    )
+    parser.add_argument(
+        "--task", choices=("sod", "cod", "shadow"), help="what --maps show (default sod): shadows are scored by BER"
+    )
+    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, in full precision")
+    parser.add_argument(
+        "--save",
+        type=Path,
+        metavar="DIR",
+        help="write DIR/<data set>/<stem>.png, 8-bit maps at each image's own size, and overview.png beside them",
+    )
     parser.add_argument("--sam-checkpoint", metavar="FILE", help="SAM's weights (default: the file used in training)")
     parser.add_argument("--batch-size", type=at_least(1), default=2, help="images at a time (default 2)")
     add_machine_arguments(parser)
     args = parser.parse_args()
+    if args.maps is None:
+        if args.task is not None:
+            raise InputError("--task: goes with --maps; a checkpoint knows its own")
+        args.protocol = args.protocol or "paper"
+    else:
+        if args.data is None:
+            raise InputError("--data: name the data sets the maps belong to")
+        if args.save is not None or args.sam_checkpoint is not None:
+            raise InputError("--maps: nothing is predicted; leave out --save and --sam-checkpoint")
+        if args.protocol == "paper":
+            raise InputError("--protocol: saved maps can be scored under the original protocol only")
+        args.protocol, args.task = "original", args.task or "sod"
+    return args
 
-    if args.save is not None:
-        make_folder(args.save, "--save")
-    model, info = load_checkpoint(args.ckpt, args.sam_checkpoint)
-    if args.data is None and info.get("val") is None:
-        raise InputError(f"{args.ckpt}: trained without a validation set; name the data: --data")
-    root = Path(args.data or info["val"])
-    folder = find_split(root, "test") or root
-    data = Pairs(find_pairs(folder), model.config["image_size"])
-    if args.save is not None and args.save.resolve() in {file.resolve().parent for pair in data.pairs for file in pair}:
-        raise InputError(f"--save: {args.save} holds the data itself; name another folder")
-    print(f"{args.ckpt}: {info['task']}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
-    print(f"{folder}: {len(data)} pairs, paper protocol (compared at {data.size} x {data.size})", flush=True)
-    metrics = evaluate(model.to(args.device), data, info["task"], args.batch_size, args.workers, args.save)
-    print(show(metrics))
-    if args.save is not None:
-        print(f"masks: {args.save}")
+
+def main() -> None:
+    args = parse_arguments()
+    if args.csv is not None:
+        make_folder(args.csv.parent, "--csv")
+        if args.csv.is_dir():
+            raise InputError(f"--csv: {args.csv} is a folder; name a file")
+    if args.ckpt is not None:
+        model, info = load_checkpoint(args.ckpt, args.sam_checkpoint)
+        model.to(args.device)
+        args.task = info["task"]
+        if args.data is None and not info.get("val"):
+            raise InputError(f"{args.ckpt}: trained without a validation set; name the data: --data")
+        args.data = args.data or [Path(folder) for folder in info["val"]]
+        print(f"{args.ckpt}: {args.task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
+
+    sets = find_sets(args.data, "test")
+    names = [s.name for s in sets]
+    folders = {s.name: args.save if s.folder.is_file() else args.save / s.name for s in sets} if args.save else {}
+    for s in sets:
+        if names.count(s.name) > 1:
+            raise InputError(f"--data: {s.folder}: another data set is called {s.name} too; evaluate them one by one")
+        if s.pairs[0][1] is None and args.save is None:
+            instead = "; --save DIR writes predictions" if args.maps is None else ""
+            raise InputError(f"{s.folder}: no masks to score by (looked for {', '.join(MASK_FOLDERS)}){instead}")
+        if args.save is not None:
+            if folders[s.name].resolve() in {f.resolve() for f in (s.folder, *(f.parent for f in s.pairs[0] if f))}:
+                raise InputError(f"--save: {folders[s.name]} holds the data itself; name another folder")
+            if any(image.stem == "overview" for image, _ in s.pairs):
+                raise InputError(f"--save: {s.folder}: overview.png is written there too; rename the image overview")
+    maps = {s.name: find_maps(args.maps, s, only=len(sets) == 1) for s in sets} if args.maps is not None else {}
+    for s in sets:
+        print(s)
+    check_sizes([pair for s in sets for pair in maps.get(s.name, s.pairs)], "image" if args.maps is None else "map")
+    print(f"protocol: {args.protocol} ({PROTOCOLS[args.protocol]})", flush=True)
+
+    width = max(len("  TS-SAM_B, paper"), *map(len, names))
+    rows: list[dict] = []
+    for s in sets:
+        folder = folders.get(s.name)
+        if folder is not None:
+            make_folder(folder, "--save")
+        if args.maps is None:
+            scores = evaluate(model, s.pairs, args.task, args.protocol, args.batch_size, args.workers, folder)
+        else:
+            work = partial(finish_map, task=args.task)
+            scores = collect(in_order(work, maps[s.name], args.workers), len(s.pairs), args.task, args.protocol)
+        if not scores.s:
+            print(f"{s.name}: no masks, metrics skipped; {len(s.pairs)} predictions are in {folder}", flush=True)
+            continue
+        metrics = scores.results()
+        if not rows:
+            print(table_row("data set", "images", {name: name for name in metrics}, width))
+        print(table_row(s.name, len(s.pairs), {name: digits(name, value) for name, value in metrics.items()}, width))
+        for row in published_rows(s.name, metrics, width):
+            print(row)
+        sys.stdout.flush()
+        rows.append({"dataset": s.name, "images": len(s.pairs), "protocol": args.protocol, **metrics})
+        if args.csv is not None:
+            write_csv(rows, args.csv)
+        if folder is not None:
+            ranked = sorted(range(len(scores.s)), key=lambda i: scores.s[i])
+            overview = []
+            for which, i in (("worst", ranked[0]), ("median", ranked[len(ranked) // 2]), ("best", ranked[-1])):
+                stem = s.pairs[i][0].stem
+                overview.append((f"{which}: {stem}, S {scores.s[i]:.4f}", *s.pairs[i], folder / f"{stem}.png"))
+            save_overview(overview, folder / "overview.png")
+    for folder in folders.values():
+        print(f"masks: {folder}")
 
 
 if __name__ == "__main__":

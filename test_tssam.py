@@ -1,6 +1,7 @@
 """The tests of tssam.py, train.py and evaluate.py: `python -m pytest`. No data, weights, network or GPU needed."""
 
 import copy
+import csv
 import functools
 import gc
 import hashlib
@@ -9,15 +10,17 @@ import math
 import re
 import sys
 import threading
+import time
 import weakref
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import py_sod_metrics
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image
+from PIL import Image, ImageDraw, ImageFilter
 from segment_anything import sam_model_registry
 from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import nn
@@ -533,7 +536,9 @@ def test_checkpoints_that_are_none_are_named(tmp_path):
     with pytest.raises(InputError, match="last.pt: ffd.head.bias is missing"):
         load_checkpoint(path)
     torch.save({"image_encoder.pos_embed": torch.zeros(1)}, path)
-    with pytest.raises(InputError, match="last.pt: not a checkpoint written by train.py"):
+    with pytest.raises(
+        InputError, match="last.pt: neither a checkpoint written by train.py nor one of the authors' code"
+    ):
         load_checkpoint(path)
 
 
@@ -603,62 +608,348 @@ def make_pairs(images_folder: Path, masks_folder: Path, stems: tuple[str, ...] =
         Image.fromarray(mask).save(masks_folder / f"{stem}.png")
 
 
-@pytest.mark.parametrize(
-    "train_folders, test_folders",
-    [
-        (("DUTS-TR/DUTS-TR-Image", "DUTS-TR/DUTS-TR-Mask"), ("DUTS-TE/DUTS-TE-Image", "DUTS-TE/DUTS-TE-Mask")),
-        (("train/Imgs", "train/GT"), ("test/Imgs", "test/GT")),
-        (("train/train_A", "train/train_B"), ("test/test_A", "test/test_B")),
-        (("TrainDataset/Imgs", "TrainDataset/GT"), ("TestDataset/Image", "TestDataset/GT")),
-    ],
-)
-def test_splits_and_pairs(tmp_path, train_folders, test_folders):
-    make_pairs(*(tmp_path / f for f in train_folders), stems=("t1", "t2", "t3"))
-    make_pairs(*(tmp_path / f for f in test_folders), stems=("e1",))
-    (tmp_path / "train" / "train_C").mkdir(parents=True, exist_ok=True) if "train_A" in train_folders[0] else None
-    for split, folders, stems in (("train", train_folders, ["t1", "t2", "t3"]), ("test", test_folders, ["e1"])):
-        folder = evaluate.find_split(tmp_path, split)
-        assert folder == (tmp_path / folders[0]).parent
-        pairs = evaluate.find_pairs(folder)
-        assert [(i.relative_to(tmp_path), m.relative_to(tmp_path)) for i, m in pairs] == [
-            (Path(folders[0]) / f"{stem}.jpg", Path(folders[1]) / f"{stem}.png") for stem in stems
-        ]
-        assert evaluate.find_split(folder, "test") is None
+def build_layout(root: Path, folders: str, stems: tuple[str, ...]) -> list[tuple[Path, Path]]:
+    """Pairs in root/<images> and root/<masks>, given as "a/b + c"; what `find_sets` should find."""
+    image_folder, mask_folder = (root / folder for folder in folders.split(" + "))
+    make_pairs(image_folder, mask_folder, stems)
+    return [(image_folder / f"{stem}.jpg", mask_folder / f"{stem}.png") for stem in stems]
 
 
-@pytest.mark.parametrize(
-    "folders", [("images", "ground_truth_mask"), ("DUT-OMRON-image", "pixelwiseGT-new-PNG"), ("imgs", "gt")]
-)
-def test_test_sets_without_splits(tmp_path, folders):
-    make_pairs(*(tmp_path / f for f in folders))
-    assert evaluate.find_split(tmp_path, "test") is None
-    assert [i.stem for i, _ in evaluate.find_pairs(tmp_path)] == ["a", "b"]
+COD_SETS = ("CAMO", "CHAMELEON", "COD10K", "NC4K")
+LAYOUTS = {  # SPEC: root, train split, {test set's name: its folders}, a set without splits has no train split
+    "DUTS": (
+        "DUTS-TR/DUTS-TR-Image + DUTS-TR/DUTS-TR-Mask",
+        {"DUTS-TE": "DUTS-TE/DUTS-TE-Image + DUTS-TE/DUTS-TE-Mask"},
+    ),
+    "ECSSD": (None, {"ECSSD": "images + ground_truth_mask"}),
+    "DUT-OMRON": (None, {"DUT-OMRON": "DUT-OMRON-image + pixelwiseGT-new-PNG"}),
+    "HKU-IS": (None, {"HKU-IS": "imgs + gt"}),
+    "PASCAL-S": (None, {"PASCAL-S": "imgs + masks"}),
+    "PASCAL-S ": (None, {"PASCAL-S ": "Imgs + gt"}),
+    "Pascal_S": (None, {"Pascal_S": "Image + masks"}),
+    "COD": ("TrainDataset/Imgs + TrainDataset/GT", {n: f"TestDataset/{n}/Imgs + TestDataset/{n}/GT" for n in COD_SETS}),
+    "older": ("TrainDataset/Image + TrainDataset/GT", {"CAMO": "TestDataset/CAMO/Image + TestDataset/CAMO/GT"}),
+    "ISTD": ("train/train_A + train/train_B", {"ISTD": "test/test_A + test/test_B"}),
+    "mine": (None, {"mine": "My-IMAGES + my_Masks"}),
+    "SBU": (
+        "SBU-Train/ShadowImages + SBU-Train/ShadowMasks",
+        {"SBU-Test": "SBU-Test/ShadowImages + SBU-Test/ShadowMasks"},
+    ),
+    "COD10K-v3": ("Train/Image + Train/GT_Object", {"COD10K-v3": "Test/Image + Test/GT_Object"}),
+}
+
+
+def build_data_set(root: Path) -> tuple[list, dict[str, list]]:
+    """A data set of LAYOUTS: its training pairs and those of each of its test sets."""
+    train_folders, tests = LAYOUTS[root.name]
+    train_pairs = build_layout(root, train_folders, ("t1", "t2")) if train_folders else []
+    test_pairs = {name: build_layout(root, folders, ("b", "a"[:1])) for name, folders in tests.items()}
+    return train_pairs, {name: sorted(pairs) for name, pairs in test_pairs.items()}
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_each_layout(tmp_path, layout):
+    train_pairs, test_pairs = build_data_set(tmp_path / layout)
+    if layout == "ISTD":  # _C is the shadow-free image
+        for split in ("train", "test"):
+            make_pairs(tmp_path / layout / split / f"{split}_C", tmp_path / "elsewhere" / split, ("t1", "b"))
+    found = evaluate.find_sets([tmp_path / layout], "test")
+    assert {s.name: s.pairs for s in found} == test_pairs
+    assert all(s.split == ("test" if train_pairs else None) for s in found)
+    (s,) = evaluate.find_sets([tmp_path / layout], "train")
+    if train_pairs:
+        assert s.pairs == train_pairs and s.split == "train"
+        (named,) = evaluate.find_sets([s.folder], "train")  # the split's own folder, named
+        assert named == s
+    else:
+        assert {s.name: s.pairs} == test_pairs
+
+
+def test_a_folder_above_several_sets(tmp_path):
+    expected = {}
+    for layout in ("DUTS", "ECSSD", "HKU-IS", "COD", "ISTD"):
+        expected |= build_data_set(tmp_path / layout)[1]
+    make_pairs(tmp_path / "__MACOSX/Imgs", tmp_path / "__MACOSX/GT")
+    (tmp_path / ".cache/Imgs").mkdir(parents=True)
+    (tmp_path / "papers").mkdir()
+    found = evaluate.find_sets([tmp_path], "test")
+    assert {s.name: s.pairs for s in found} == expected
+    # The same by their names, in the order given.
+    roots = [tmp_path / "ISTD", tmp_path / "COD" / "TestDataset", tmp_path / "DUTS"]
+    assert [s.name for s in evaluate.find_sets(roots, "test")] == ["ISTD", *COD_SETS, "DUTS-TE"]
+    # Training takes no guess among them, and no test split.
+    with pytest.raises(InputError, match=r"holds several data sets \(.*ECSSD.*\); name those to train on"):
+        evaluate.find_sets([tmp_path], "train")
+    roots = [tmp_path / "COD", tmp_path / "DUTS"]
+    assert [s.split for s in evaluate.find_sets(roots, "train")] == ["train", "train"]
+    # Unpacked into a folder of its own name, as archives are.
+    (tmp_path / "DUTS/DUTS-TE").rename(tmp_path / "inner")
+    (tmp_path / "DUTS/DUTS-TE").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "DUTS/DUTS-TE/DUTS-TE")
+    (s,) = evaluate.find_sets([tmp_path / "DUTS"], "test")
+    assert s.name == "DUTS-TE" and len(s.pairs) == 2
+    # What was found is said with its folders, split and pairs.
+    folder = tmp_path / "DUTS/DUTS-TE/DUTS-TE"
+    assert str(s) == f"DUTS-TE: {folder / 'DUTS-TE-Image'} and DUTS-TE-Mask, test split, 2 pairs"
+
+
+def test_files_that_are_images(tmp_path):
+    for folder in ("Imgs", "GT"):
+        (tmp_path / folder).mkdir()
+    for stem, ending in zip("abcdef", (".jpg", ".jpeg", ".png", ".bmp", ".webp", ".JPG"), strict=True):
+        Image.new("RGB", (8, 8)).save(tmp_path / "Imgs" / f"{stem}{ending}")
+        Image.new("L", (8, 8)).save(tmp_path / "GT" / f"{stem}.PNG")
+    for clutter in ("Imgs/Thumbs.db", "Imgs/.DS_Store", "Imgs/._a.jpg", "GT/._a.png", "GT/desktop.ini", "GT/read.txt"):
+        (tmp_path / clutter).write_bytes(b"clutter")
+    (tmp_path / "Imgs/folder.png").mkdir()
+    (s,) = evaluate.find_sets([tmp_path], "train")
+    assert [(i.name, m.name) for i, m in s.pairs] == [
+        ("a.jpg", "a.PNG"),
+        ("b.jpeg", "b.PNG"),
+        ("c.png", "c.PNG"),
+        ("d.bmp", "d.PNG"),
+        ("e.webp", "e.PNG"),
+        ("f.JPG", "f.PNG"),
+    ]
+
+
+def test_images_without_masks(tmp_path):
+    make_pairs(tmp_path / "new" / "Imgs", tmp_path / "elsewhere")
+    expected = [(tmp_path / f"new/Imgs/{stem}.jpg", None) for stem in "ab"]
+    for root, name in ((tmp_path / "new", "new"), (tmp_path / "new" / "Imgs", "Imgs")):
+        (s,) = evaluate.find_sets([root], "test")
+        assert (s.name, s.split, s.pairs) == (name, None, expected)
+    assert str(s).endswith("Imgs, no splits, 2 images without masks")
+    (s,) = evaluate.find_sets([tmp_path / "new/Imgs/b.jpg"], "test")
+    assert (s.name, s.pairs) == ("b", expected[1:])
+    with pytest.raises(InputError, match="new: no folder of masks; looked for gt, .*train_b"):
+        evaluate.find_sets([tmp_path / "new"], "train")
+    # Folders of unknown names are not taken for images.
+    make_pairs(tmp_path / "odd" / "pictures", tmp_path / "odd" / "labels")
+    with pytest.raises(InputError, match="odd: no data set for the test split"):
+        evaluate.find_sets([tmp_path / "odd"], "test")
+    # ISTD's shadow-free images are no masks.
+    make_pairs(tmp_path / "ISTD/train/train_A", tmp_path / "ISTD/train/train_C")
+    with pytest.raises(InputError, match="ISTD/train: no folder of masks"):
+        evaluate.find_sets([tmp_path / "ISTD"], "train")
+
+
+def test_data_that_is_not_found_says_what_was_looked_for(tmp_path):
+    with pytest.raises(InputError, match="nowhere: no such folder"):
+        evaluate.find_sets([tmp_path / "nowhere"], "test")
+    (tmp_path / "notes.txt").touch()
+    with pytest.raises(
+        InputError, match=r"notes.txt: neither a folder nor an image file \(.jpg, .jpeg, .png, .bmp, .web"
+    ):
+        evaluate.find_sets([tmp_path / "notes.txt"], "test")
+    (tmp_path / "stuff").mkdir()
+    message = (
+        r"for a folder of images \(img, imgs, .*train_a, test_a\) beside one of masks \(gt, .*test_b\),"
+        r" in a folder of the split \(train, .*\*\[-_\]tr.*\) where there is one; the folders there: stuff$"
+    )
+    with pytest.raises(InputError, match=message) as error:
+        evaluate.find_sets([tmp_path], "train")
+    assert "\n" not in str(error.value)
+    # A root that has the other split only.
+    build_layout(tmp_path / "D", "D-TR/Imgs + D-TR/GT", ("a",))
+    with pytest.raises(InputError, match="D: no data set for the test split.*the folders there: D-TR"):
+        evaluate.find_sets([tmp_path / "D"], "test")
+    with pytest.raises(InputError, match="D-TR: named twice"):
+        evaluate.find_sets([tmp_path / "D", tmp_path / "D" / "D-TR"], "train")
 
 
 def test_pairs_that_are_none_are_named(tmp_path):
-    with pytest.raises(InputError, match="nowhere: no such folder"):
-        evaluate.find_pairs(tmp_path / "nowhere")
-    with pytest.raises(InputError, match="no folder of images, such as Imgs"):
-        evaluate.find_pairs(tmp_path)
     make_pairs(tmp_path / "Imgs", tmp_path / "GT", ("a", "b", "c"))
     (tmp_path / "GT" / "b.png").unlink()
     with pytest.raises(InputError, match="1 files have no mask of the same stem, such as b"):
-        evaluate.find_pairs(tmp_path)
+        evaluate.find_sets([tmp_path], "train")
     (tmp_path / "Imgs" / "b.jpg").unlink()
     (tmp_path / "Imgs" / "c.jpg").unlink()
     with pytest.raises(InputError, match="1 files have no image of the same stem, such as c"):
-        evaluate.find_pairs(tmp_path)
+        evaluate.find_sets([tmp_path], "test")
+    (tmp_path / "GT" / "c.png").unlink()
+    (tmp_path / "Imgs" / "a.bmp").touch()
+    with pytest.raises(InputError, match="a.jpg: a.bmp beside it has the same stem"):
+        evaluate.find_sets([tmp_path], "test")
     (tmp_path / "masks").mkdir()
     with pytest.raises(InputError, match=r"several folders of masks \(GT, masks\)"):
-        evaluate.find_pairs(tmp_path)
+        evaluate.find_sets([tmp_path / "."], "test") if not (tmp_path / "Imgs/a.bmp").unlink() else None
+    (tmp_path / "masks").rmdir()
+    (tmp_path / "GT" / "a.png").unlink()
+    with pytest.raises(InputError, match="GT: no image files"):
+        evaluate.find_sets([tmp_path], "test")
 
 
-def test_several_test_sets_are_named(tmp_path):
-    for name in ("CAMO", "COD10K"):
-        make_pairs(tmp_path / "TestDataset" / name / "Imgs", tmp_path / "TestDataset" / name / "GT")
-    with pytest.raises(InputError, match=r"TestDataset: holds data sets \(CAMO, COD10K\), not images; name one"):
-        evaluate.find_pairs(evaluate.find_split(tmp_path, "test"))
-    assert len(evaluate.find_pairs(tmp_path / "TestDataset" / "CAMO")) == 2
+PICTURE = np.random.default_rng(0).integers(0, 256, (20, 30, 3), dtype=np.uint8)
+
+
+def odd_images() -> dict[str, tuple[Image.Image, np.ndarray]]:
+    """Images of every mode PIL reads from our file types, and their 8-bit RGB values."""
+    rgb, grey = Image.fromarray(PICTURE), Image.fromarray(PICTURE[..., 0])
+    three = np.repeat(PICTURE[..., :1], 3, axis=-1)
+    alpha = Image.fromarray(PICTURE[..., 1])
+    palette = Image.fromarray(PICTURE[..., 0] % 4)
+    palette = palette.convert("P")
+    colours = np.array([[10, 20, 30], [200, 0, 0], [0, 200, 0], [255, 255, 255]], np.uint8)
+    palette.putpalette(colours.tobytes())
+    clear = palette.copy()
+    clear.info["transparency"] = bytes([0, 128, 255, 255])
+    wide = PICTURE[..., 0].astype(np.uint16) * 257
+    with_alpha = {"RGBA": rgb.copy(), "LA": grey.copy()}
+    for image in with_alpha.values():
+        image.putalpha(alpha)
+    return {
+        "rgb.png": (rgb, PICTURE),
+        "grey.png": (grey, three),
+        "rgba.png": (with_alpha["RGBA"], PICTURE),
+        "grey-alpha.png": (with_alpha["LA"], three),
+        "one-bit.png": (grey.point(lambda v: 255 if v > 99 else 0).convert("1"), (three > 99) * 255),
+        "palette.png": (palette, colours[PICTURE[..., 0] % 4]),
+        "palette-clear.png": (clear, colours[PICTURE[..., 0] % 4]),
+        "16-bit.png": (Image.fromarray(wide), three),
+        "palette.bmp": (palette, colours[PICTURE[..., 0] % 4]),
+        "rgba.webp": (with_alpha["RGBA"], None),
+        "cmyk.jpg": (Image.new("CMYK", (30, 20), (0, 255, 255, 0)), np.full((20, 30, 3), (255, 0, 0))),
+        "grey.jpg": (Image.new("L", (30, 20), 77), np.full((20, 30, 3), 77)),
+    }
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", odd_images())
+def test_images_of_every_kind(tmp_path, name):
+    image, expected = odd_images()[name]
+    options = {"lossless": True, "exact": True} if name.endswith("webp") else {}
+    image.save(tmp_path / name, **options)
+    read = evaluate.read_image(tmp_path / name)
+    expected = PICTURE if expected is None else expected
+    assert read.mode == "RGB" and read.size == (30, 20)
+    assert np.abs(np.asarray(read).astype(int) - expected).max() <= (2 if name.endswith("jpg") else 0)
+
+
+def odd_masks() -> dict[str, tuple[Image.Image, np.ndarray | None]]:
+    """Masks of every kind of DISK, and the grey levels they should be read as (None: 0 and 255)."""
+    disk = DISK.astype(np.uint8)
+    levels = np.zeros_like(disk)
+    levels[2:6], levels[6:10], levels[10:14], levels[14:] = 1, 128, 129, 255
+
+    def palette(colours: list[int], indices: np.ndarray = disk) -> Image.Image:
+        image = Image.fromarray(indices).convert("P")
+        image.putpalette(colours)
+        return image
+
+    white = Image.fromarray(disk * 255)
+    return {
+        "one-bit.png": (white.convert("1"), None),
+        "grey.png": (white, None),
+        "grey.bmp": (white, None),
+        "0-and-1.png": (Image.fromarray(disk), None),
+        "0-and-128.png": (Image.fromarray(disk * 128), None),
+        "16-bit.png": (Image.fromarray(disk.astype(np.uint16) * 65535), None),
+        "16-bit-0-and-255.png": (Image.fromarray(disk.astype(np.uint16) * 255), None),
+        "16-bit-0-and-1.png": (Image.fromarray(disk.astype(np.uint16)), None),
+        "16-bit-edges.png": (Image.fromarray(levels.astype(np.uint16) * 257), levels),
+        "16-bit-faint.png": (Image.fromarray(np.where(levels == 1, 3, levels.astype(np.uint16) * 257)), levels),
+        "rgb.png": (white.convert("RGB"), None),
+        "rgb-red.png": (Image.fromarray(disk[..., None] * np.array([255, 0, 0], np.uint8)), None),
+        "rgba.png": (white.convert("RGBA"), None),
+        "grey-alpha.png": (white.convert("LA"), None),
+        "palette.png": (palette([0, 0, 0, 255, 255, 255]), None),
+        "palette-turned.png": (palette([255, 255, 255, 0, 0, 0], 1 - disk), None),
+        "palette-dark.png": (palette([0, 0, 0, 128, 0, 0]), None),
+        "palette-objects.png": (
+            palette([0, 0, 0, 128, 0, 0, 0, 128, 0], disk * (1 + (np.arange(30) > 14)).astype(np.uint8)),
+            None,
+        ),
+        "edges.png": (Image.fromarray(levels), levels),
+        "nothing.png": (Image.new("L", (30, 20)), np.zeros_like(disk)),
+        "all-of-it.png": (Image.new("L", (30, 20), 1), np.full_like(disk, 255)),
+    }
+
+
+DISK = np.hypot(*np.mgrid[-10:10, -15:15]) < 8
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("name", odd_masks())
+def test_masks_of_every_kind(tmp_path, name):
+    image, expected = odd_masks()[name]
+    image.save(tmp_path / name)
+    mask = evaluate.read_mask(tmp_path / name)
+    assert mask.mode == "L" and mask.size == (30, 20)
+    expected = DISK * 255 if expected is None else expected
+    assert np.array_equal(np.asarray(mask), expected)
+    # The paper's protocol and training: above 0, then nearest. Every second pixel of twice the size is the same one.
+    assert np.array_equal(
+        evaluate.foreground(mask.resize((60, 60), Image.Resampling.NEAREST), 60)[::3, ::2], expected > 0
+    )
+
+
+def save_turned(path: Path, orientation: int) -> None:
+    """A 30 x 20 JPEG, its left half white, that EXIF says to show turned."""
+    exif = Image.Exif()
+    exif[0x0112] = orientation
+    pixels = np.zeros((20, 30, 3), np.uint8)
+    pixels[:, :15] = 255
+    Image.fromarray(pixels).save(path, exif=exif, quality=95)
+
+
+@pytest.mark.parametrize(
+    "orientation, mask_size, bright",
+    [
+        (1, (30, 20), "left"),
+        (6, (30, 20), "left"),  # the mask lies as the pixels do
+        (6, (20, 30), "top"),  # the mask is upright
+        (8, (20, 30), "bottom"),
+        (8, (200, 400), "bottom"),  # of another size, but upright
+        (6, (25, 25), "left"),  # says nothing
+        (3, (30, 20), "left"),  # sizes cannot tell
+        (3, None, "right"),
+        (6, None, "top"),
+    ],
+)
+def test_exif_rotation_where_the_masks_size_says_so(tmp_path, orientation, mask_size, bright):
+    save_turned(tmp_path / "a.jpg", orientation)
+    mask_file = None
+    if mask_size:
+        Image.new("L", mask_size, 255).save(mask_file := tmp_path / "mask.png")
+    image = evaluate.read_image(tmp_path / "a.jpg", mask_size)
+    sizes = evaluate.sizes_of(tmp_path / "a.jpg", mask_file)
+    assert sizes == (image.size, mask_size or image.size)
+    assert image.size == ((20, 30) if bright in ("top", "bottom") else (30, 20))
+    grey = np.asarray(image.convert("L")).astype(float)
+    halves = {"left": grey[:, :10], "right": grey[:, -10:], "top": grey[:10], "bottom": grey[-10:]}
+    assert max(halves, key=lambda half: halves[half].mean()) == bright
+    x, index, item_sizes = evaluate.Pictures([(tmp_path / "a.jpg", mask_file)], 32)[0]
+    assert item_sizes.tolist() == [list(size[::-1]) for size in sizes] and index == 0
+    middle = x[0].mean().item()
+    assert {"left": x[0][:, :15], "right": x[0][:, 17:], "top": x[0][:15], "bottom": x[0][17:]}[bright].mean() > middle
+    if mask_file:
+        assert torch.equal(evaluate.Pairs([(tmp_path / "a.jpg", mask_file)], 32)[0][0], x)
+
+
+def test_broken_exif_is_no_error(tmp_path):
+    Image.fromarray(PICTURE).save(tmp_path / "a.jpg", exif=b"Exif\x00\x00not a TIFF header")
+    assert evaluate.read_image(tmp_path / "a.jpg").size == (30, 20)
+
+
+def test_unequal_sizes_are_warned_about_once(tmp_path, capsys):
+    make_pairs(tmp_path / "Imgs", tmp_path / "GT", tuple("abcdef"))
+    (s,) = evaluate.find_sets([tmp_path], "train")
+    evaluate.check_sizes(s.pairs)
+    assert capsys.readouterr().err == ""
+    for stem in "bcdf":
+        Image.new("L", (48, 41), 255).save(tmp_path / "GT" / f"{stem}.png")
+    evaluate.check_sizes(s.pairs)
+    err = capsys.readouterr().err
+    assert err.count("\n") == 1 and err.startswith(
+        "warning: 4 of 6 images are not of their mask's size, such as b (48 x 40"
+    )
+    assert "mask 48 x 41), c (" in err and "), d (" in err and "f (" not in err and "each is resized by itself" in err
+    image, mask = evaluate.Pairs(s.pairs, 64)[1]
+    assert image.shape == (3, 64, 64) and mask.shape == (1, 64, 64) and mask.all()
+    (tmp_path / "GT" / "e.png").write_bytes(b"no image")
+    with pytest.raises(InputError, match="e.png: cannot be read as an image"):
+        evaluate.check_sizes(s.pairs)
 
 
 def test_items_of_pairs(tmp_path):
@@ -668,9 +959,9 @@ def test_items_of_pairs(tmp_path):
     mask = np.zeros((2, 2), np.uint8)
     mask[0, 1], mask[1, 0] = 1, 255  # above 0 is foreground
     Image.fromarray(mask).save(tmp_path / "GT" / "a.png")
-    pairs = evaluate.Pairs(evaluate.find_pairs(tmp_path), 64)
-    image, target, index = pairs[0]
-    assert image.shape == (3, 64, 64) and image.dtype == target.dtype == torch.float32 and index == 0
+    pairs = evaluate.Pairs(evaluate.find_sets([tmp_path], "train")[0].pairs, 64)
+    image, target = pairs[0]
+    assert image.shape == (3, 64, 64) and image.dtype == target.dtype == torch.float32
     expected = [(1 - 0.485) / 0.229, (0 - 0.456) / 0.224, (0.2 - 0.406) / 0.225]
     assert torch.allclose(image.mean((1, 2)), torch.tensor(expected), atol=1e-4)
     assert torch.equal(target[0], torch.tensor([[0.0, 1], [1, 0]]).repeat_interleave(32, 0).repeat_interleave(32, 1))
@@ -678,70 +969,206 @@ def test_items_of_pairs(tmp_path):
     assert len(pairs[0][0].unique()) > 20
 
 
-def test_metrics_are_those_of_py_sod_metrics():
-    rng = np.random.default_rng(0)
-    ours = evaluate.Metrics("sod")
-    theirs = [getattr(py_sod_metrics, m)() for m in ("Smeasure", "Emeasure", "WeightedFmeasure", "MAE")]
-    for _ in range(3):
-        probability = rng.random((40, 50)).astype(np.float32)
-        mask = np.zeros((40, 50), bool)
-        mask[10:30, 15:40] = True
-        ours.add(probability, mask)
-        for metric in theirs:
-            metric.step(probability.astype(np.float64) * 255, mask.astype(np.uint8) * 255)
-    s, e, wf, mae = (metric.get_results() for metric in theirs)
-    assert ours.results() == {"S": s["sm"], "E": e["em"]["curve"].mean(), "wF": wf["wfm"], "MAE": mae["mae"]}
-    perfect = evaluate.Metrics("sod")
-    perfect.add(mask.astype(np.float32), mask)
-    assert perfect.results() == pytest.approx({"S": 1, "E": 1, "wF": 1, "MAE": 0}, abs=0.02)
+def samples(protocol: str, count: int = 4) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Hand-made predictions and masks, of different sizes, empty and full masks among them."""
+    rng, made = np.random.default_rng(0), []
+    for i in range(count):
+        size = (40 + 3 * i, 50 - 2 * i)
+        mask = np.zeros(size, bool)
+        mask[10 + i : 30, 15:40] = True
+        if i >= count - 2:
+            mask[:] = i == count - 1
+        prediction = (0.6 * mask + 0.4 * rng.random(size)) * (0.3 + 0.6 * rng.random(size))
+        made.append(
+            (prediction.astype(np.float32) if protocol == "paper" else (prediction * 255).astype(np.uint8), mask)
+        )
+    return made
 
 
-def test_ber_by_hand():
-    metrics = evaluate.Metrics("shadow")
+def by_py_sod_metrics(pairs: list[tuple[np.ndarray, np.ndarray]], task: str, protocol: str) -> dict[str, float]:
+    """The same numbers from direct calls, the library's own averages."""
+    metrics = {n: getattr(py_sod_metrics, n)() for n in ("Smeasure", "Emeasure", "WeightedFmeasure", "MAE")}
+    f = py_sod_metrics.FmeasureV2({"f": py_sod_metrics.FmeasureHandler(True, True, beta=0.3)})
+    ber, pooled = (
+        py_sod_metrics.FmeasureV2({"b": py_sod_metrics.BERHandler(False, False, with_binary=True, sample_based=s)})
+        for s in (True, False)
+    )
+    for prediction, mask in pairs:
+        grey = prediction if protocol == "original" else prediction.astype(np.float64) * 255
+        for metric in (*metrics.values(), f):
+            metric.step(grey, mask.astype(np.uint8) * 255)
+        binary = (grey > 125).astype(np.float64)
+        ber.step(binary, mask, normalize=False)
+        pooled.step(binary, mask, normalize=False)
+    if task == "shadow":
+        result = {"BER": 100 * ber.get_results()["b"]["binary"]}
+        return result | ({"BER_pooled": 100 * pooled.get_results()["b"]["binary"]} if protocol == "original" else {})
+    s, e, wf, mae = (metric.get_results() for metric in metrics.values())
+    result = {"S": s["sm"], "E": e["em"]["curve"].mean(), "wF": wf["wfm"], "MAE": mae["mae"]}
+    if protocol == "original":
+        result |= {"maxF": f.get_results()["f"]["dynamic"].max(), "adpF": f.get_results()["f"]["adaptive"]}
+    return result
+
+
+@pytest.mark.parametrize("protocol", ["paper", "original"])
+@pytest.mark.parametrize("task", ["sod", "shadow"])
+def test_metrics_are_those_of_py_sod_metrics(task, protocol):
+    every = evaluate.Scores(task, protocol)
+    for sample in samples(protocol):
+        alone = evaluate.Scores(task, protocol)
+        alone.add(evaluate.score(*sample, task, protocol))
+        every.add(evaluate.score(*sample, task, protocol))
+        assert alone.results() == by_py_sod_metrics([sample], task, protocol)
+    expected = by_py_sod_metrics(samples(protocol), task, protocol)
+    assert every.results() == pytest.approx(expected, rel=1e-12) and every.results().keys() == expected.keys()
+    assert all(type(value) is float for value in every.results().values())
+    assert len(every.s) == 4 and np.mean(every.s) == pytest.approx(
+        by_py_sod_metrics(samples(protocol), "sod", protocol)["S"]
+    )
+    (_, mask), *_ = samples(protocol)
+    perfect = evaluate.Scores("sod", protocol)
+    perfect.add(
+        evaluate.score(
+            mask.astype(np.float32) if protocol == "paper" else mask.astype(np.uint8) * 255, mask, "sod", protocol
+        )
+    )
+    expected = {"S": 1, "E": 1, "wF": 1, "MAE": 0} | ({"maxF": 1, "adpF": 1} if protocol == "original" else {})
+    assert perfect.results() == pytest.approx(expected, abs=0.02)
+
+
+@pytest.mark.parametrize("protocol", ["paper", "original"])
+def test_ber_by_hand(protocol):
+    def of(*predictions: np.ndarray) -> dict[str, float]:
+        scores = evaluate.Scores("shadow", protocol)
+        for prediction, mask in predictions:
+            grey = prediction if protocol == "paper" else (prediction * 255).round().astype(np.uint8)
+            scores.add(evaluate.score(grey, mask, "shadow", protocol))
+        return scores.results()
+
     mask = np.zeros((10, 10), bool)
     mask[:, :4] = True
-    probability = np.full((10, 10), 0.3, np.float32)  # nothing reaches the threshold, stretched or not
-    metrics.add(probability, mask)
-    assert metrics.results() == {"BER": 50.0}
-    probability[:, :3] = 126 / 255  # 30 of 40 found
-    probability[:6, 9] = 0.9  # 6 of 60 wrongly found
-    metrics.add(probability, mask)
-    assert metrics.results() == {"BER": pytest.approx(100 * (0.5 + (10 / 40 + 6 / 60) / 2) / 2)}
+    faint = np.full((10, 10), 0.3, np.float32)  # nothing reaches the threshold, stretched or not
+    assert of((faint, mask))["BER"] == 50.0
+    half = faint.copy()
+    half[:, 4:] = 125 / 255 - 1e-6  # just below it
+    half[:, :3] = 126 / 255  # 30 of 40 found
+    half[:6, 9] = 0.9  # 6 of 60 wrongly found
+    small = (half[:, :8], mask[:, :8])  # 30 of 40 found, nothing wrongly
+    results = of((faint, mask), (half, mask), small)
+    assert results["BER"] == pytest.approx(100 * (0.5 + (10 / 40 + 6 / 60) / 2 + (10 / 40) / 2) / 3)
+    if protocol == "original":
+        assert results["BER_pooled"] == pytest.approx(100 * (60 / 120 + 6 / 160) / 2)
+    else:
+        assert results.keys() == {"BER"}
 
 
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("protocol", ["paper", "original"])
 @pytest.mark.parametrize("task", ["sod", "shadow"])
 @pytest.mark.parametrize("value", [False, True])
-def test_metrics_of_one_sided_masks_are_finite(task, value):
-    metrics = evaluate.Metrics(task)
+def test_metrics_of_one_sided_masks_are_finite(task, value, protocol):
+    scores = evaluate.Scores(task, protocol)
     for probability in (np.zeros((8, 8)), np.ones((8, 8)), np.full((8, 8), 0.5), np.random.rand(8, 8)):
-        metrics.add(probability, np.full((8, 8), value))
-    assert all(math.isfinite(v) for v in metrics.results().values())
+        grey = probability.astype(np.float32) if protocol == "paper" else (probability * 255).astype(np.uint8)
+        scores.add(evaluate.score(grey, np.full((8, 8), value), task, protocol))
+    assert all(math.isfinite(v) for v in scores.results().values())
+
+
+class Brightness(nn.Module):
+    """Stands in for a TSSAM: logits from an image's brightness, so that they can be made by hand."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.config, self.weight = {"image_size": size}, nn.Parameter(torch.tensor(2.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return self.weight * images.mean(1, keepdim=True) + images[:, :1]
+
+
+@pytest.fixture
+def mixed_pairs(tmp_path) -> list[tuple[Path, Path]]:
+    """Seven pairs of different sizes; one mask has another size than its image, one grey edges, one is of 0, 1."""
+    rng = np.random.default_rng(0)
+    for folder in ("Imgs", "GT"):
+        (tmp_path / "mixed" / folder).mkdir(parents=True)
+    for i in range(7):
+        width, height = 30 + 7 * i, 60 - 5 * i
+        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8)).resize((width, height))
+        coarse.save(tmp_path / f"mixed/Imgs/{i}.jpg")
+        mask = Image.new("L", (width + (i == 2), height))
+        ImageDraw.Draw(mask).ellipse((5, 5, 25, 20), fill=1 if i == 3 else 255)
+        if i == 4:
+            mask = mask.filter(ImageFilter.GaussianBlur(2))
+        mask.save(tmp_path / f"mixed/GT/{i}.png")
+    return evaluate.find_sets([tmp_path / "mixed"], "test")[0].pairs
+
+
+@pytest.mark.parametrize("protocol", ["paper", "original"])
+@pytest.mark.parametrize("task", ["sod", "shadow"])
+def test_protocols_from_files_to_numbers(mixed_pairs, task, protocol):
+    model, made = Brightness(32), []
+    for image_file, mask_file in mixed_pairs:
+        image = np.asarray(Image.open(image_file).resize((32, 32), Image.Resampling.BILINEAR)) / np.float32(255)
+        x = (image - np.float32([0.485, 0.456, 0.406])) / np.float32([0.229, 0.224, 0.225])
+        logits = torch.from_numpy(2 * x.mean(-1) + x[..., 0])
+        mask = np.asarray(Image.open(mask_file))
+        if protocol == "paper":
+            rows, columns = ((np.arange(32) + 0.5) * side / 32 for side in mask.shape)
+            made.append((logits.sigmoid().numpy(), mask[rows.astype(int)][:, columns.astype(int)] > 0))
+        else:
+            full = F.interpolate(logits[None, None], mask.shape, mode="bilinear", align_corners=False)[0, 0]
+            made.append(
+                (np.round(255 * full.sigmoid().numpy()).astype(np.uint8), mask > (128 if mask.max() > 1 else 0))
+            )
+    expected = by_py_sod_metrics(made, task, protocol)
+    results = evaluate.evaluate(model, mixed_pairs, task, protocol, 2, 0).results()
+    assert results == pytest.approx(expected, abs=1e-4)
+    # The same to the last bit, however many workers and whatever the batches; in another order up to rounding.
+    for batch_size, workers in ((1, 0), (7, 0), (3, 1), (2, 2)):
+        assert evaluate.evaluate(model, mixed_pairs, task, protocol, batch_size, workers).results() == results
+    turned = evaluate.evaluate(model, mixed_pairs[::-1], task, protocol, 3, 2)
+    assert turned.results() == pytest.approx(results, rel=1e-13)
+    assert turned.s[::-1] == evaluate.evaluate(model, mixed_pairs, task, protocol, 2, 0).s
+
+
+def square_slowly(value: int) -> int:
+    time.sleep(0.1 if value % 3 == 0 else 0)
+    return value * value
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_work_in_order_and_never_far_ahead(workers):
+    drawn = []
+    jobs = ((drawn.append(i) or i,) for i in range(20))
+    for i, result in enumerate(evaluate.in_order(square_slowly, jobs, workers)):
+        assert result == i * i
+        assert len(drawn) - i <= max(1, 2 * workers)
+    assert len(drawn) == 20
 
 
 def test_evaluate_scores_in_eval_mode_and_gives_the_mode_back(tmp_path):
     make_pairs(tmp_path / "Imgs", tmp_path / "GT")
-    data, model = evaluate.Pairs(evaluate.find_pairs(tmp_path), 64), tiny(image_size=64)
-    by_hand = evaluate.Metrics("sod")
+    pairs, model = evaluate.find_sets([tmp_path], "test")[0].pairs, tiny(image_size=64)
+    by_hand = evaluate.Scores("sod", "paper")
     with torch.no_grad():
-        for image, mask, _ in data:
-            by_hand.add(model.eval()(image[None]).sigmoid()[0, 0].numpy(), mask[0].numpy() > 0)
+        for image, mask in evaluate.Pairs(pairs, 64):
+            prediction = model.eval()(image[None]).sigmoid()[0, 0].numpy()
+            by_hand.add(evaluate.score(prediction, mask[0].numpy() > 0, "sod", "paper"))
     before = copy.deepcopy(model.state_dict())
     for training in (True, False):
-        assert evaluate.evaluate(model.train(training), data, "sod", 2, 0) == pytest.approx(by_hand.results(), rel=1e-4)
+        results = evaluate.evaluate(model.train(training), pairs, "sod", "paper", 2, 0).results()
+        assert results == pytest.approx(by_hand.results(), rel=1e-4)
         assert model.training == training
     assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
 
 
-def test_masks_are_saved_at_the_images_own_size(tmp_path):
-    make_pairs(tmp_path / "Imgs", tmp_path / "GT", ("a",))
+def test_maps_are_bilinear_logits_in_8_bits():
     logit = torch.full((1, 16, 16), -20.0)
     logit[:, :, 8:] = 20.0
-    evaluate.save_mask(logit, tmp_path / "Imgs" / "a.jpg", tmp_path)
-    with Image.open(tmp_path / "a.png") as mask:
-        assert mask.size == (48, 40) and mask.mode == "L"
-        grey = np.array(mask)
+    grey = evaluate.to_map(logit, (40, 48))
+    assert grey.shape == (40, 48) and grey.dtype == np.uint8
     assert (grey[:, :22] == 0).all() and (grey[:, 26:] == 255).all()
-    assert sorted(p.name for p in tmp_path.iterdir()) == ["GT", "Imgs", "a.png"]
+    assert evaluate.to_map(torch.full((1, 4, 4), 0.01), (5, 5)).tolist() == [[128] * 5] * 5  # rounded: 127.5 + 0.6
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -757,6 +1184,11 @@ def script(monkeypatch, capsys, module, *arguments: object) -> tuple[int, str, s
     except SystemExit as stop:
         code = stop.code
     return code, *capsys.readouterr()
+
+
+def in_table(name: str, count: int, metrics: dict[str, float]) -> str:
+    """A row of evaluate.py's table."""
+    return f"{name:<17}  {count:>6}" + "".join(f"  {v:>6.{2 if 'BER' in k else 4}f}" for k, v in metrics.items())
 
 
 def lines_of_epochs(out: str) -> list[dict[str, float]]:
@@ -799,8 +1231,8 @@ def test_demo_end_to_end(tmp_path, monkeypatch, capsys):
     stored = torch.load(demo / "best.pt", weights_only=True)
     assert stored["metrics"]["S"] == pytest.approx(best["S"], abs=1e-4)
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", demo / "best.pt", "--save", "m", "--device", "cpu")
-    assert code == 0 and evaluate.show(stored["metrics"]) in out
-    assert len(list(Path("m").glob("*.png"))) == 24
+    assert code == 0 and in_table("DUTS-TE", 24, stored["metrics"]) in out
+    assert len(list(Path("m/DUTS-TE").glob("demo_*.png"))) == 24
 
 
 def test_a_run_takes_a_free_folder(tmp_path):
@@ -820,7 +1252,7 @@ def test_shadow_end_to_end(pairs_folder, monkeypatch, capsys):
     assert stored["metrics"]["BER"] == pytest.approx(min(epoch["BER"] for epoch in epochs), abs=0.01)  # lower is better
     assert epochs[0]["lr"] == 1e-3 and epochs[1]["lr"] == pytest.approx((1e-3 + 1e-7) / 2, rel=0.01)  # cosine
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "runs/shadow-tiny/best.pt", "--device", "cpu")
-    assert code == 0 and evaluate.show(stored["metrics"]) in out
+    assert code == 0 and in_table("data", 3, stored["metrics"]) in out
 
 
 def test_defaults_are_the_papers(monkeypatch):
@@ -846,7 +1278,7 @@ def test_training_by_hand(pairs_folder, monkeypatch, capsys, task, loss_of):
 
     torch.manual_seed(0)
     model = build_tssam("tiny", 64, high_freq=task == "shadow").train()
-    data = evaluate.Pairs(evaluate.find_pairs(pairs_folder / "train"), 64)
+    data = evaluate.Pairs(evaluate.find_sets([pairs_folder], "train")[0].pairs, 64)
     trained = [p for p in model.parameters() if p.requires_grad]
     moments = [(torch.zeros_like(p), torch.zeros_like(p)) for p in trained]
     for step, epoch in enumerate(epochs):
@@ -866,7 +1298,7 @@ def test_training_by_hand(pairs_folder, monkeypatch, capsys, task, loss_of):
 @pytest.mark.parametrize("task, name, scores", [("sod", "S", (0.5, 0.7, 0.6)), ("shadow", "BER", (30.0, 20.0, 25.0))])
 def test_best_is_the_best_epoch(pairs_folder, monkeypatch, capsys, task, name, scores):
     results = iter(scores)
-    monkeypatch.setattr(train, "evaluate", lambda *args: {name: next(results)})
+    monkeypatch.setattr(train, "evaluate", lambda *args: SimpleNamespace(results=lambda: {name: next(results)}))
     arguments = ("--task", task, "--data", pairs_folder, *SMALL, "--epochs", 3, "--out", "run")
     assert script(monkeypatch, capsys, train, *arguments)[0] == 0
     best, last = (torch.load(f"run/{file}.pt", weights_only=True) for file in ("best", "last"))
@@ -894,7 +1326,7 @@ def test_training_without_validation(pairs_folder, monkeypatch, capsys):
     assert code == 0 and "3 pairs" in out
     # --val is used when it is given
     code, out, err = script(monkeypatch, capsys, train, *arguments, "--out", "run2", "--val", pairs_folder / "train")
-    assert code == 0 and Path("run2/best.pt").exists() and f"val:   {pairs_folder / 'train'}, 4 pairs" in out
+    assert code == 0 and Path("run2/best.pt").exists() and f"val:   data: {pairs_folder / 'train/Imgs'} and GT" in out
 
 
 def test_checkpoints_are_not_overwritten(pairs_folder, monkeypatch, capsys):
@@ -934,7 +1366,6 @@ def test_each_error_is_one_line_and_exit_code_2(pairs_folder, monkeypatch, capsy
         (train, ["--data", pairs_folder, "--sam", "tiny"], "tiny: no weights are published"),
         (train, ["--data", pairs_folder, "--sam", "vit_b", "--sam-checkpoint", "no.pth"], "no.pth: no such file"),
         (evaluate, ["--ckpt", "no.pt"], "no.pt: no such file"),
-        (evaluate, [], "the following arguments are required: --ckpt"),
     ):
         code, out, err = script(monkeypatch, capsys, module, *arguments)
         last = err.splitlines()[-1]
@@ -943,33 +1374,307 @@ def test_each_error_is_one_line_and_exit_code_2(pairs_folder, monkeypatch, capsy
     assert list(Path().iterdir()) == []  # and nothing is left behind
 
 
-@pytest.mark.parametrize("workers", [0, 2])
-def test_an_unreadable_image_is_named(pairs_folder, monkeypatch, capsys, workers):
-    broken = pairs_folder / "train/Imgs/c.jpg"
-    broken.write_bytes(broken.read_bytes()[:200])
-    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 1, "--workers", workers)
+def test_training_sets_are_joined(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    make_pairs(tmp_path / "CAMO/Imgs", tmp_path / "CAMO/GT", tuple("ab"))
+    build_data_set(tmp_path / "COD")
+    (tmp_path / "COD/TestDataset/CAMO/GT/b.png").unlink()
+    Image.new("L", (5, 5)).save(tmp_path / "COD/TestDataset/CAMO/GT/b.png")
+    seen, item = [], evaluate.Pairs.__getitem__
+    monkeypatch.setattr(evaluate.Pairs, "__getitem__", lambda data, i: seen.append(data.pairs[i][0]) or item(data, i))
+    arguments = ("--data", "CAMO", "COD", *SMALL, "--epochs", 1, "--workers", 0, "--out", "run")
     code, out, err = script(monkeypatch, capsys, train, *arguments)
-    assert code == 2 and err.splitlines()[-1].startswith(f"train.py: error: {broken}: cannot be read as an image")
-    assert "Traceback" not in err
-    # One in the validation set costs no epoch.
-    broken.unlink()
-    (pairs_folder / "train/GT/c.png").unlink()
-    (pairs_folder / "test/Imgs/y.jpg").write_bytes(b"")
-    code, out, err = script(monkeypatch, capsys, train, *arguments, "--out", "run")
+    assert code == 0
+    assert sorted(map(str, seen)) == [
+        *("CAMO/Imgs/a.jpg", "CAMO/Imgs/b.jpg", "COD/TrainDataset/Imgs/t1.jpg", "COD/TrainDataset/Imgs/t2.jpg")
+    ]
+    lines = [line for line in out.splitlines() if line.startswith(("train:", "val:"))]
+    assert lines[0] == "train: CAMO: CAMO/Imgs and GT, no splits, 2 pairs"
+    assert lines[1] == "train: COD: COD/TrainDataset/Imgs and GT, train split, 2 pairs"
+    assert [line.split(":")[1].strip() for line in lines[2:]] == [*COD_SETS]  # all of the root's test sets
+    assert err.count("warning: 1 of 12 images are not of their mask's size, such as b (48 x 40, mask 5 x 5)") == 1
+    stored = torch.load("run/best.pt", weights_only=True)
+    assert stored["val"] == [str(tmp_path / "COD/TestDataset" / name) for name in COD_SETS]
+    # evaluate.py makes a row of each. Of equal sizes, their mean is the number of training.
+    code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "run/best.pt", "--device", "cpu", "--csv", "t.csv")
+    assert code == 0
+    rows = [*csv.DictReader(Path("t.csv").read_text().splitlines())]
+    assert np.mean([float(row["S"]) for row in rows]) == pytest.approx(stored["metrics"]["S"], rel=1e-5)
+    # The test split is not validated on when it is what was trained on; images alone are no validation set.
+    code, out, err = script(monkeypatch, capsys, train, "--data", "COD/TestDataset/CAMO", *arguments[3:-1], "run2")
+    assert code == 0 and "val:   none" in out
+    (tmp_path / "new/Imgs").mkdir(parents=True)
+    Image.new("RGB", (5, 5)).save("new/Imgs/a.png")
+    code, out, err = script(monkeypatch, capsys, train, *arguments[:-1], "run3", "--val", "new")
+    assert code == 2 and "new: no folder of masks, which validation needs" in err
+
+
+@pytest.mark.parametrize(
+    "kind, workers", [("Imgs/c.jpg", 0), ("Imgs/c.jpg", 2), ("GT/c.png", 2), ("Imgs/c.bmp", 0), ("Imgs/c.webp", 0)]
+)
+def test_a_truncated_file_is_named(pairs_folder, monkeypatch, capsys, kind, workers):
+    torch.manual_seed(0)
+    checkpoint(Path("model.pt"), build_tssam("tiny", 64), encoder_seed=0)
+    broken = pairs_folder / "train" / kind
+    if not broken.exists():
+        (pairs_folder / "train/Imgs/c.jpg").unlink()
+        Image.fromarray(PICTURE).save(broken)
+    content = broken.read_bytes()
+    broken.write_bytes(content[: len(content) * 2 // 3])
+    arguments = ("--data", pairs_folder / "train", "--workers", workers, "--device", "cpu")
+    for module, others in ((train, (*SMALL, "--epochs", 1)), (evaluate, ("--ckpt", "model.pt"))):
+        code, out, err = script(monkeypatch, capsys, module, *arguments, *others)
+        assert code == 2 and "Traceback" not in err
+        assert err.splitlines()[-1].startswith(f"{module.__name__}.py: error: {broken}: cannot be read as an image (")
+    # One without even a header is found before anything else.
+    broken.write_bytes(b"")
+    code, out, err = script(monkeypatch, capsys, train, *arguments, *SMALL, "--epochs", 1, "--out", "run")
+    assert code == 2 and f"{broken}: cannot be read as an image" in err and not Path("run").exists()
+
+
+def test_a_broken_validation_image_costs_no_epoch(pairs_folder, monkeypatch, capsys):
+    broken = pairs_folder / "test/Imgs/y.jpg"
+    broken.write_bytes(broken.read_bytes()[:-300])
+    code, out, err = script(monkeypatch, capsys, train, "--data", pairs_folder, *SMALL, "--epochs", 1, "--out", "run")
     assert code == 2 and "y.jpg: cannot be read as an image" in err and Path("run/last.pt").exists()
 
 
-def test_masks_are_not_saved_over_the_data(pairs_folder, monkeypatch, capsys):
-    script(monkeypatch, capsys, train, "--data", pairs_folder, *SMALL, "--epochs", 1, "--out", "run")
-    masks = pairs_folder / "test/GT"
-    before = [file.read_bytes() for file in sorted(masks.iterdir())]
-    arguments = ("--ckpt", "run/best.pt", "--device", "cpu", "--save")
-    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, masks)
-    assert code == 2 and f"--save: {masks} holds the data itself" in err
-    assert [file.read_bytes() for file in sorted(masks.iterdir())] == before
-    (pairs_folder / "file").touch()
-    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, pairs_folder / "file/masks")
-    assert code == 2 and "file/masks: no folder to write to" in err
+@pytest.fixture
+def model_file(tmp_path, monkeypatch) -> Path:
+    """A checkpoint of a model with structure in its maps; the test runs beside it."""
+    monkeypatch.chdir(tmp_path)
+    torch.manual_seed(3)
+    model = build_tssam("tiny", 64)
+    model.ffd.head.weight.data *= 600
+    return checkpoint(tmp_path / "model.pt", model, encoder_seed=3, epoch=7)
+
+
+def table(path: str) -> list[dict]:
+    """The rows of a CSV file, whose header is checked."""
+    header, *lines = Path(path).read_text().splitlines()
+    assert header == "dataset,images,protocol,S,E,wF,MAE,maxF,adpF,BER,BER_pooled"
+    return [*csv.DictReader([header, *lines])]
+
+
+@pytest.mark.parametrize("protocol", ["paper", "original"])
+def test_a_table_of_test_sets(tmp_path, model_file, monkeypatch, capsys, protocol):
+    build_data_set(tmp_path / "COD")
+    build_data_set(tmp_path / "HKU-IS")
+    model, _ = load_checkpoint(model_file)
+    arguments = ("--ckpt", "model.pt", "--data", "COD", "HKU-IS", "--device", "cpu", "--csv", "out/table.csv")
+    if protocol == "original":
+        arguments += ("--protocol", protocol)  # paper is the default
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments)
+    assert code == 0 and err == ""
+    start, *found, named = out.splitlines()[:7]
+    assert start == "model.pt: sod, tiny, epoch 7"
+    assert found[0] == "CAMO: COD/TestDataset/CAMO/Imgs and GT, test split, 2 pairs"
+    assert found[4] == "HKU-IS: HKU-IS/imgs and gt, no splits, 2 pairs"
+    assert named == f"protocol: {protocol} ({evaluate.PROTOCOLS[protocol]})"
+    sets = evaluate.find_sets([tmp_path / "COD", tmp_path / "HKU-IS"], "test")
+    results = {s.name: evaluate.evaluate(model, s.pairs, "sod", protocol, 2, 0).results() for s in sets}
+    header, *rows = out.splitlines()[7:]
+    names = ["S", "E", "wF", "MAE"] + (["maxF", "adpF"] if protocol == "original" else [])
+    assert header.split() == ["data", "set", "images", *names]
+    empty = " " * 16 if protocol == "original" else ""
+    assert rows[:3] == [
+        in_table("CAMO", 2, results["CAMO"]),
+        f"  TS-SAM_B, paper           0.826   0.862   0.753   0.073{empty}",
+        f"  TS-SAM_H, paper           0.887   0.925   0.830   0.047{empty}",
+    ]
+    assert [row.split()[0] for row in rows[::3]] == [*COD_SETS, "HKU-IS"] and len(rows) == 13
+    assert len({len(row) for row in [header, *rows]}) == 1
+    written = table("out/table.csv")
+    assert [row["dataset"] for row in written] == [*COD_SETS, "HKU-IS"]
+    for row in written:
+        assert (row["images"], row["protocol"], row["BER"], row["BER_pooled"]) == ("2", protocol, "", "")
+        assert {name: float(row[name]) for name in names} == results[row["dataset"]]  # to the last digit
+        assert all((row[name] == "") == (protocol == "paper") for name in ("maxF", "adpF"))
+
+
+def test_a_table_of_shadows(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    build_data_set(tmp_path / "ISTD")
+    torch.manual_seed(3)
+    checkpoint(Path("model.pt"), build_tssam("tiny", 64, high_freq=True), encoder_seed=3, task="shadow")
+    arguments = ("--ckpt", "model.pt", "--data", "ISTD", "--device", "cpu", "--csv", "t.csv", "--save", "m")
+    for protocol in ("paper", "original"):
+        code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--protocol", protocol)
+        (row,) = table("t.csv")
+        assert code == 0 and row["dataset"] == "ISTD" and row["S"] == "" and float(row["BER"]) > 0
+        assert (row["BER_pooled"] == "") == (protocol == "paper")
+        empty = " " * 12 if protocol == "original" else ""  # under BER_pooled
+        for line in (f"  TS-SAM_B, paper            1.11{empty}", f"  TS-SAM_H, paper            1.04{empty}"):
+            assert line in out.splitlines()
+    by_model = row
+    code, out, err = script(
+        monkeypatch, capsys, evaluate, "--maps", "m", "--data", "ISTD", "--task", "shadow", "--csv", "t.csv"
+    )
+    assert code == 0 and table("t.csv") == [by_model]
+
+
+def test_the_papers_rows():
+    """Tables I and II, typed from the paper again."""
+    assert evaluate.PUBLISHED["CAMO"] == ((0.826, 0.862, 0.753, 0.073), (0.887, 0.925, 0.830, 0.047))
+    assert evaluate.PUBLISHED["COD10K"] == ((0.863, 0.909, 0.771, 0.029), (0.914, 0.950, 0.856, 0.017))
+    assert evaluate.PUBLISHED["CHAMELEON"] == ((0.912, 0.947, 0.849, 0.023), (0.942, 0.966, 0.900, 0.017))
+    assert evaluate.PUBLISHED["NC4K"] == ((0.866, 0.900, 0.799, 0.045), (0.905, 0.933, 0.860, 0.032))
+    assert evaluate.PUBLISHED["ISTD"] == ((1.11,), (1.04,)) and len(evaluate.PUBLISHED) == 5
+    metrics = {"S": 0.5, "E": 0.5, "wF": 0.5, "MAE": 0.5}
+    assert len(evaluate.published_rows("camo-Test", metrics, 20)) == 2
+    assert evaluate.published_rows("ISTD", metrics, 20) == evaluate.published_rows("DUTS-TE", metrics, 20) == []
+    assert evaluate.published_rows("CAMO", {"BER": 1.0}, 20) == []
+
+
+def test_saved_maps_give_the_same_numbers(tmp_path, mixed_pairs, model_file, monkeypatch, capsys):
+    """--save, then --maps; in the set of several sizes but for the one mask that is not of its image's size."""
+    (tmp_path / "mixed/GT/2.png").unlink()
+    (tmp_path / "mixed/Imgs/2.jpg").unlink()
+    save_turned(tmp_path / "mixed/Imgs/8.jpg", 6)
+    Image.new("L", (20, 30), 255).save(tmp_path / "mixed/GT/8.png")
+    arguments = ("--ckpt", "model.pt", "--data", "mixed", "--device", "cpu", "--save", "maps", "--csv", "model.csv")
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--protocol", "original")
+    assert code == 0 and out.splitlines()[-1] == "masks: maps/mixed"
+    for image, mask in evaluate.find_sets([Path("mixed")], "test")[0].pairs:
+        with Image.open(mask) as m, Image.open(f"maps/mixed/{image.stem}.png") as saved:
+            assert saved.size == m.size and saved.mode == "L" and len(set(saved.tobytes())) > 20
+    for maps in ("maps", "maps/mixed"):
+        code, again, err = script(monkeypatch, capsys, evaluate, "--maps", maps, "--data", "mixed", "--csv", "maps.csv")
+        assert code == 0 and again.splitlines()[-1] == out.splitlines()[-2]
+        assert Path("maps.csv").read_bytes() == Path("model.csv").read_bytes()
+    # Under the paper's protocol the same maps are saved.
+    before = Path("maps/mixed/8.png").read_bytes()
+    Path("maps/mixed/8.png").unlink()
+    assert script(monkeypatch, capsys, evaluate, *arguments)[0] == 0
+    assert Path("maps/mixed/8.png").read_bytes() == before
+    # A map of another size is resized to the mask, and that is said.
+    Image.open("maps/mixed/8.png").resize((40, 60), Image.Resampling.NEAREST).save("maps/mixed/8.png")
+    code, out, err = script(monkeypatch, capsys, evaluate, "--maps", "maps", "--data", "mixed", "--csv", "maps.csv")
+    assert code == 0 and "warning: 1 of 7 maps are not of their mask's size, such as 8 (40 x 60, mask 20 x 30)" in err
+    assert float(table("maps.csv")[0]["S"]) == pytest.approx(float(table("model.csv")[0]["S"]), abs=0.02)
+
+
+def test_overview(tmp_path, model_file, monkeypatch, capsys):
+    build_layout(tmp_path, "Imgs + GT", tuple("abcde"))
+    maps = {"a": 0.2, "b": 0.9, "c": 0.1, "d": 0.5, "e": 0.7}  # how much of the mask is found
+    drawn = []
+    text = ImageDraw.ImageDraw.text
+    monkeypatch.setattr(
+        ImageDraw.ImageDraw, "text", lambda self, xy, line, **k: drawn.append(line) or text(self, xy, line, **k)
+    )
+
+    def predict(model, pairs, protocol, batch_size, workers, save):
+        for image, mask in pairs:
+            grey = (np.asarray(Image.open(mask)) * maps[image.stem]).astype(np.uint8)
+            grey[0, 0] = 255
+            yield grey, mask, (grey, save / f"{image.stem}.png")
+
+    monkeypatch.setattr(evaluate, "predict", predict)
+    arguments = ("--ckpt", "model.pt", "--data", tmp_path, "--device", "cpu", "--save", "out", "--protocol", "original")
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--workers", 0)
+    assert code == 0
+    assert drawn[:3] == ["image", "ground truth", "prediction"]
+    assert [line.split(",")[0] for line in drawn[3:]] == ["worst: c", "median: d", "best: b"]
+    assert all(re.fullmatch(r"\w+: \w, S 0\.\d{4}", line) for line in drawn[3:])
+    with Image.open(Path("out") / tmp_path.name / "overview.png") as overview:
+        pixels = np.asarray(overview.convert("L")).astype(float)
+    # Three columns of 160 x 192 panels, three rows; in the third column ever more of the second one's white shows.
+    panels = [[pixels[32 + y * 182 :][:160, 6 + x * 198 :][:, :192] for x in range(3)] for y in range(3)]
+    truth = np.asarray(Image.open(tmp_path / "GT/a.png").resize((192, 160)))
+    for row, found in zip(panels, (0.1, 0.5, 0.9), strict=True):
+        assert np.abs(row[1] - truth).mean() < 1 and np.abs(row[2] - truth * found).mean() < 2
+        assert row[0].std() > 30
+
+
+def test_images_alone_are_predicted(tmp_path, model_file, monkeypatch, capsys):
+    make_pairs(tmp_path / "new/Imgs", tmp_path / "elsewhere")
+    save_turned(tmp_path / "new/Imgs/c.jpg", 6)  # a phone's photograph
+    build_data_set(tmp_path / "HKU-IS")
+    arguments = ("--ckpt", "model.pt", "--device", "cpu", "--save", "out", "--csv", "t.csv", "--data", "new")
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "HKU-IS")
+    assert code == 0 and "new: no masks, metrics skipped; 3 predictions are in out/new" in out
+    assert [row["dataset"] for row in table("t.csv")] == ["HKU-IS"]
+    assert sorted(p.name for p in Path("out/new").iterdir()) == ["a.png", "b.png", "c.png"]
+    assert Image.open("out/new/a.png").size == (48, 40) and Image.open("out/new/c.png").size == (20, 30)
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments[:-1], "new/Imgs/b.jpg", "new/Imgs/a.jpg")
+    assert code == 0 and "a: no masks, metrics skipped" in out
+    for stem in "ab":
+        assert Path(f"out/{stem}.png").read_bytes() == Path(f"out/new/{stem}.png").read_bytes()
+    code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "model.pt", "--data", "new", "--device", "cpu")
+    assert code == 2 and "new: no masks to score by (looked for gt, " in err and "--save DIR writes predictions" in err
+
+
+def test_the_authors_checkpoints_are_evaluated(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    build_data_set(tmp_path / "HKU-IS")
+    (s,) = evaluate.find_sets([tmp_path / "HKU-IS"], "test")
+    for high_freq, task in ((False, "sod"), (True, "shadow")):
+        model = tiny(image_size=64, high_freq=high_freq).eval()
+        released = {tssam.released_name(name): tensor for name, tensor in model.state_dict().items()}
+        torch.save(released, "theirs.pth")
+        rebuilt, info = load_checkpoint("theirs.pth")
+        assert info["task"] == task and rebuilt.config == model.config
+        with torch.no_grad():
+            assert torch.equal(rebuilt.eval()(images(2, 64)), model(images(2, 64)))
+        arguments = ("--ckpt", "theirs.pth", "--device", "cpu")
+        code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--data", "HKU-IS")
+        assert code == 0 and f"theirs.pth: {task}, tiny, epoch unknown" in out
+        assert in_table("HKU-IS", 2, evaluate.evaluate(model, s.pairs, task, "paper", 2, 0).results()) in out
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments)
+    assert code == 2 and "theirs.pth: trained without a validation set; name the data: --data" in err
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--data", "HKU-IS", "--sam-checkpoint", "x.pth")
+    assert code == 2 and "theirs.pth: a checkpoint of the authors' code, with SAM's weights inside; leave out" in err
+    gate = "image_encoder.mrm_blocks.0.fpn1.6.res_gate.0.weight"
+    for broken, message in (
+        ({k: v for k, v in released.items() if k != gate}, f"theirs.pth: {gate} is missing"),
+        ({k: v for k, v in released.items() if "pos_embed" not in k}, "theirs.pth: image_encoder.pos_embed is missing"),
+        (
+            {k: v for k, v in released.items() if ".blocks.3." not in k},
+            "no encoder of SAM is 64 wide and 3 blocks deep",
+        ),
+    ):
+        torch.save(broken, "theirs.pth")
+        with pytest.raises(InputError, match=re.escape(message)):
+            load_checkpoint("theirs.pth")
+
+
+def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file, monkeypatch, capsys):
+    build_data_set(tmp_path / "HKU-IS")
+    build_data_set(tmp_path / "ECSSD")
+    build_data_set(tmp_path / "other/ECSSD")
+    make_pairs(tmp_path / "named/Imgs", tmp_path / "named/GT", ("overview",))
+    make_pairs(tmp_path / "new/Imgs", tmp_path / "elsewhere")
+    Path("maps/HKU-IS").mkdir(parents=True)
+    Path("file").touch()
+    before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
+    model, maps = ("--ckpt", "model.pt", "--device", "cpu"), ("--maps", "maps")
+    for arguments, message in (
+        ((), "one of the arguments --ckpt --maps is required"),
+        ((*model, *maps), "argument --maps: not allowed with argument --ckpt"),
+        ((*model, "--data", "nowhere"), "nowhere: no such folder"),
+        ((*model, "--data"), "argument --data: expected at least one argument"),
+        ((*model, "--data", "ECSSD", "other"), "another data set is called ECSSD too; evaluate them one by one"),
+        ((*model, "--data", "ECSSD", "./ECSSD"), "ECSSD: named twice; once is enough"),
+        ((*model, "--data", "ECSSD", "--protocol", "both"), "invalid choice: 'both'"),
+        ((*model, "--data", "ECSSD", "--task", "sod"), "--task: goes with --maps; a checkpoint knows its own"),
+        ((*model, "--data", "ECSSD", "--save", "."), "--save: ECSSD holds the data itself; name another folder"),
+        ((*model, "--data", "new/Imgs", "--save", "new"), "--save: new/Imgs holds the data itself"),
+        ((*model, "--data", "new/Imgs/a.jpg", "--save", "new/Imgs"), "--save: new/Imgs holds the data itself"),
+        ((*model, "--data", "ECSSD", "--save", "file"), "--save: file/ECSSD: no folder to write to"),
+        ((*model, "--data", "named", "--save", "out"), "overview.png is written there too; rename the image overview"),
+        ((*model, "--data", "ECSSD", "--csv", "file/t.csv"), "--csv: file: no folder to write to"),
+        ((*model, "--data", "ECSSD", "--csv", "maps"), "--csv: maps is a folder; name a file"),
+        (maps, "--data: name the data sets the maps belong to"),
+        ((*maps, "--data", "HKU-IS"), "maps/HKU-IS: 2 of 2 images have no map, such as a, b"),
+        ((*maps, "--data", "ECSSD", "HKU-IS"), "--maps: maps has no folder ECSSD"),
+        (("--maps", "nowhere", "--data", "HKU-IS"), "--maps: nowhere: no such folder"),
+        ((*maps, "--data", "new"), "new: no masks to score by (looked for gt,"),
+        ((*maps, "--data", "HKU-IS", "--save", "out"), "--maps: nothing is predicted; leave out --save"),
+        ((*maps, "--data", "HKU-IS", "--protocol", "paper"), "under the original protocol only"),
+    ):
+        code, out, err = script(monkeypatch, capsys, evaluate, *arguments)
+        assert code == 2 and message in err and err.startswith("evaluate.py: error: ") and err.count("\n") == 1, err
+    assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
 def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):

@@ -29,14 +29,15 @@ from evaluate import (
     Parser,
     add_machine_arguments,
     at_least,
+    check_sizes,
     evaluate,
-    find_pairs,
-    find_split,
+    find_sets,
     loader,
     make_folder,
     progress,
     run,
     save_overview,
+    search,
     show,
 )
 from tssam import ENCODERS, InputError, build_tssam, fingerprint, sam_weights, save_checkpoint
@@ -154,8 +155,16 @@ def parse_arguments() -> argparse.Namespace:
     """
     parser = Parser(__doc__)
     parser.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="(default sod)")
-    parser.add_argument("--data", type=Path, metavar="DIR", help="data set: DUTS, or any images + masks folders")
-    parser.add_argument("--val", type=Path, metavar="DIR", help="validation set (default: the data set's test split)")
+    parser.add_argument(
+        "--data",
+        type=Path,
+        nargs="+",
+        metavar="DIR",
+        help="data sets to train on, joined: their train split, or any folder of images beside one of masks",
+    )
+    parser.add_argument(
+        "--val", type=Path, nargs="+", metavar="DIR", help="data sets to validate on, joined (default: the test splits)"
+    )
     parser.add_argument("--sam", choices=tuple(ENCODERS), default="vit_h", help="SAM's encoder (default vit_h)")
     parser.add_argument(
         "--sam-checkpoint",
@@ -198,14 +207,24 @@ def main() -> None:
     # Data
     if args.demo:
         make_folder(args.out, "--out")
-        args.data = args.out / "DUTS"
-        draw_demo(args.data)
-    train_folder = find_split(args.data, "train") or args.data
-    val_folder = find_split(args.val or args.data, "test") or args.val
-    train_set = Pairs(find_pairs(train_folder), args.size)
-    val_set = Pairs(find_pairs(val_folder), args.size) if val_folder else None
-    print(f"train: {train_folder}, {len(train_set)} pairs")
-    print(f"val:   {val_folder}, {len(val_set)} pairs" if val_set else "val:   none, so there will be no best.pt")
+        args.data = [args.out / "DUTS"]
+        draw_demo(args.data[0])
+    train_sets = find_sets(args.data, "train")
+    if args.val:
+        val_sets = find_sets(args.val, "test")
+    else:
+        val_sets = [s for root in args.data for s in search(root, "test") if s.split == "test"]
+        val_sets = [s for s in val_sets if s.folder not in [t.folder for t in train_sets]]
+    for s in val_sets:
+        if s.pairs[0][1] is None:
+            raise InputError(f"{s.folder}: no folder of masks, which validation needs")
+    for s in train_sets:
+        print(f"train: {s}")
+    for s in val_sets or ["none, so there will be no best.pt"]:
+        print(f"val:   {s}")
+    train_set = Pairs([pair for s in train_sets for pair in s.pairs], args.size)
+    val_pairs = [pair for s in val_sets for pair in s.pairs]
+    check_sizes(train_set.pairs + val_pairs)
 
     # Model. The encoder's random weights are the first that are drawn from the seed: load_checkpoint draws them again.
     if args.sam_checkpoint == "random":
@@ -220,8 +239,8 @@ def main() -> None:
         encoder=fingerprint(model),
         encoder_seed=args.seed if weights is None else None,
         sam_checkpoint=str(Path(weights).resolve()) if weights else None,
-        val=str(val_folder.resolve()) if val_folder else None,
-        args={name: str(value) for name, value in vars(args).items()},
+        val=[str(s.folder.resolve()) for s in val_sets],
+        args={name: [*map(str, v)] if isinstance(v, list) else str(v) for name, v in vars(args).items()},
     )
     model.to(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -241,7 +260,7 @@ def main() -> None:
         model.train()
         total_loss, lr, start = 0.0, optimizer.param_groups[0]["lr"], time.monotonic()
         with progress(len(train_set), f"epoch {epoch}/{args.epochs}") as bar:
-            for images, masks, _ in batches:
+            for images, masks in batches:
                 images, masks = (t.to(args.device, non_blocking=True) for t in (images, masks))
                 loss = loss_of(model(images), masks)
                 optimizer.zero_grad(set_to_none=True)
@@ -259,8 +278,8 @@ def main() -> None:
         save_checkpoint(args.out / "last.pt", model, **checkpoint_info)  # before anything in validation can fail
 
         line = f"epoch {epoch}/{args.epochs}  loss {total_loss / len(train_set):.4f}  lr {lr:.2e}  {speed:.2f} images/s"
-        if val_set:
-            metrics = evaluate(model, val_set, args.task, args.batch_size, args.workers)
+        if val_sets:
+            metrics = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers).results()
             line += f"  {show(metrics)}"
             score = -metrics["BER"] if args.task == "shadow" else metrics["S"]
             if score > best:
@@ -270,11 +289,12 @@ def main() -> None:
         print(line, flush=True)
 
     if args.demo:
-        (args.out / "masks").mkdir(exist_ok=True)
-        metrics = evaluate(model, val_set, args.task, args.batch_size, args.workers, save=args.out / "masks")
-        predicted = [(*pair, args.out / "masks" / f"{pair[0].stem}.png") for pair in val_set.pairs[:6]]
-        save_overview(predicted, args.out / "demo.png")
-        print(f"demo:  {show(metrics)} on {len(val_set)} unseen images; masks in {args.out / 'masks'}")
+        masks = args.out / "masks"
+        masks.mkdir(exist_ok=True)
+        metrics = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers, masks).results()
+        shown = [(image.stem, image, mask, masks / f"{image.stem}.png") for image, mask in val_pairs[:6]]
+        save_overview(shown, args.out / "demo.png")
+        print(f"demo:  {show(metrics)} on {len(val_pairs)} unseen images; masks in {masks}")
         print(f"demo:  {args.out / 'demo.png'} shows image | ground truth | prediction")
 
 

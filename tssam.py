@@ -537,22 +537,26 @@ def save_checkpoint(
 
 
 def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None) -> tuple[TSSAM, dict]:
-    """Build the model of a file that `save_checkpoint` wrote.
+    """Build the model of a file that `save_checkpoint` or the authors' code wrote; their tensors' names tell which.
 
     Args:
         path: the checkpoint.
-        sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`.
+        sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`. The
+            authors' checkpoints hold SAM's weights themselves.
 
     Returns:
         The model, on the CPU and in training mode, and a dict of what else `save_checkpoint` was given: `task`,
         `encoder`, `sam_checkpoint`, `encoder_seed`, and from train.py `val`, `args`, `epoch` and (best.pt) `metrics`.
+        For an authors' checkpoint only `task`, which is `shadow` or stands for both others: `sod`.
 
     Raises:
         InputError: not such a file, or an encoder other than the one it was trained on.
     """
     info = load_file(path)
+    if "image_encoder.csa_embedding.weight" in info:
+        return _build_released(info, path, sam_checkpoint)
     if not {"config", "trained", "task", "encoder", "sam_checkpoint", "encoder_seed"} <= info.keys():
-        raise InputError(f"{path}: not a checkpoint written by train.py")
+        raise InputError(f"{path}: neither a checkpoint written by train.py nor one of the authors' code")
     config, trained = info.pop("config"), info.pop("trained")
     if sam_checkpoint is None and info["encoder_seed"] is not None:
         with torch.random.fork_rng(devices=[]):
@@ -574,6 +578,26 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
     encoder = {k: v for k, v in model.state_dict().items() if k.startswith("image_encoder.")}
     _load_strictly(model, {**trained, **encoder}, str(path))
     return model, info
+
+
+def _build_released(state: Mapping[str, Tensor], path: str | os.PathLike, sam_checkpoint) -> tuple[TSSAM, dict]:
+    """`load_checkpoint` for the authors' checkpoints: which model it is, its tensors' names and shapes say."""
+    if sam_checkpoint is not None:
+        raise InputError(
+            f"{path}: a checkpoint of the authors' code, with SAM's weights inside; leave out --sam-checkpoint"
+        )
+    positions = state.get("image_encoder.pos_embed")
+    if not isinstance(positions, Tensor) or positions.ndim != 4:
+        raise InputError(f"{path}: image_encoder.pos_embed is missing, or not (1, g, g, C)")
+    depth = len({name.split(".")[2] for name in state if name.startswith("image_encoder.blocks.")})
+    _, g, _, width = positions.shape
+    sam = next((sam for sam, spec in ENCODERS.items() if (spec["width"], spec["depth"]) == (width, depth)), None)
+    if sam is None:
+        raise InputError(f"{path}: no encoder of SAM is {width} wide and {depth} blocks deep")
+    high_freq = "image_encoder.fft_embedding.proj.weight" in state
+    model = build_tssam(sam, g * PATCH, high_freq)
+    _load_strictly(model, state, str(path), rename=released_name)
+    return model, {"task": "shadow" if high_freq else "sod"}
 
 
 def load_file(path: str | os.PathLike) -> dict:
