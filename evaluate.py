@@ -52,12 +52,13 @@ SPLIT_FOLDERS = {
     "test": ("test", "testing", "testdataset", "testingdataset", "*[-_]te", "*[-_]test"),
 }
 IMAGE_FOLDERS = (
-    *("img", "imgs", "image", "images", "*[-_]img", "*[-_]imgs", "*[-_]image", "*[-_]images", "shadowimages"),
+    *("im", "img", "imgs", "image", "images", "*[-_]img", "*[-_]imgs", "*[-_]image", "*[-_]images", "shadowimages"),
     *("train_a", "test_a"),
 )
 MASK_FOLDERS = (
     *("gt", "gts", "mask", "masks", "*[-_]gt", "*[-_]gts", "*[-_]mask", "*[-_]masks", "gt_object", "shadowmasks"),
-    *("groundtruth", "ground[-_]truth", "pixelwisegt*", "train_b", "test_b"),
+    *("groundtruth", "ground[-_]truth", "pixelwisegt*", "label", "labels", "annotation", "annotations"),
+    *("train_b", "test_b"),
 )
 
 
@@ -535,6 +536,8 @@ def predict(
                 prediction = None
             elif protocol == "paper":
                 prediction = logit[0].sigmoid().cpu().numpy()
+            elif saved is not None and own_size == mask_size:
+                prediction = saved[0]
             else:
                 prediction = to_map(logit, mask_size)
             yield prediction, mask_file, saved

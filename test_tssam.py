@@ -744,7 +744,7 @@ def test_data_that_is_not_found_says_what_was_looked_for(tmp_path):
         evaluate.find_sets([tmp_path / "notes.txt"], "test")
     (tmp_path / "stuff").mkdir()
     message = (
-        r"for a folder of images \(img, imgs, .*train_a, test_a\) beside one of masks \(gt, .*test_b\),"
+        r"for a folder of images \(im, img, .*train_a, test_a\) beside one of masks \(gt, .*test_b\),"
         r" in a folder of the split \(train, .*\*\[-_\]tr.*\) where there is one; the folders there: stuff$"
     )
     with pytest.raises(InputError, match=message) as error:
