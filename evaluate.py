@@ -122,9 +122,16 @@ def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
     return sets
 
 
+def subfolders_of(folder: Path) -> list[Path]:
+    """The folders in a folder, sorted, without hidden ones and macOS's __MACOSX."""
+    if not folder.is_dir():
+        return []
+    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+
+
 def search(folder: Path, split: str, inside: str | None = None, depth: int = 4) -> list[ImageSet]:
     """The data sets in a folder, down to `depth` levels below it; `inside` is the split it lies in, if any."""
-    subfolders = sorted(f for f in folder.iterdir() if f.is_dir() and f.name[0] not in "._") if folder.is_dir() else []
+    subfolders = subfolders_of(folder)
     inside = next((s for s, patterns in SPLIT_FOLDERS.items() if named(folder.resolve().name, patterns)), inside)
     splits = [f for f in subfolders if named(f.name, SPLIT_FOLDERS[split])]
     if splits:
@@ -149,8 +156,10 @@ def not_found(root: Path, split: str) -> str:
     if not root.exists():
         return f"{root}: no such folder"
     if root.is_file():
-        return f"{root}: neither a folder nor an image file ({', '.join(IMAGE_ENDINGS)})"
-    there = sorted(f.name for f in root.iterdir() if f.is_dir())
+        return f"{root}: a file, not a folder" + (
+            f" or an image ({', '.join(IMAGE_ENDINGS)})" if split == "test" else ""
+        )
+    there = [f.name for f in subfolders_of(root)]
     return (
         f"{root}: no data set for the {split} split; looked, there and below, for a folder of images"
         f" ({', '.join(IMAGE_FOLDERS)}) beside one of masks ({', '.join(MASK_FOLDERS)}),"
@@ -160,14 +169,19 @@ def not_found(root: Path, split: str) -> str:
 
 
 def image_files(folder: Path) -> dict[str, Path]:
-    """The image files in a folder by their stems, sorted; hidden files are left out."""
+    """The image files in a folder by their stems, sorted; hidden files are left out. Where there are none but a single
+    folder, as archives unpack (images/images/*.jpg), those in that one."""
     files: dict[str, Path] = {}
     for file in sorted(folder.iterdir()):
         if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith(".") and file.is_file():
             if file.stem in files:
-                raise InputError(f"{file}: {files[file.stem].name} beside it has the same stem; remove one of them")
+                raise InputError(
+                    f"{file}: {files[file.stem].name} beside it has the same stem; a folder holds one file of a stem,"
+                    " and images and masks lie in two folders"
+                )
             files[file.stem] = file
-    return files
+    inner = subfolders_of(folder)
+    return image_files(inner[0]) if not files and len(inner) == 1 else files
 
 
 def pair_files(folder: Path, subfolders: list[Path]) -> list[tuple[Path, Path | None]]:
@@ -184,14 +198,17 @@ def pair_files(folder: Path, subfolders: list[Path]) -> list[tuple[Path, Path | 
             raise InputError(f"{folder}: several folders of {kind}s ({names}); leave one of them there")
         files.append(image_files(found[0]) if found else {})
         if found and not files[-1]:
-            raise InputError(f"{found[0]}: no image files ({', '.join(IMAGE_ENDINGS)})")
+            raise InputError(f"{found[0]}: no image files in it ({', '.join(IMAGE_ENDINGS)})")
     images, masks = files
     if not masks:
         return [(file, None) for file in images.values()]
-    for kind, alone in (("mask", images.keys() - masks.keys()), ("image", masks.keys() - images.keys())):
-        if alone:
-            names = ", ".join(sorted(alone)[:3])
-            raise InputError(f"{folder}: {len(alone)} files have no {kind} of the same stem, such as {names}")
+    alone = [
+        f"{len(stems)} {kind}s (such as {', '.join(sorted(stems)[:3])})"
+        for kind, stems in (("image", images.keys() - masks.keys()), ("mask", masks.keys() - images.keys()))
+        if stems
+    ]
+    if alone:
+        raise InputError(f"{folder}: {' and '.join(alone)} stand alone; an image and its mask have the same stem")
     return [(file, masks[stem]) for stem, file in images.items()]
 
 
@@ -217,25 +234,28 @@ def open_image(path: Path, decode: bool = True) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
 
 
-def orientation(image: Image.Image, mask_size: tuple[int, int] | None) -> int:
-    """The EXIF orientation (1 to 8) in which an image is to be read.
-
-    With a mask it is 1, as the pixels lie, unless EXIF lays the image on its side and the mask (width, height) lies
-    that way too: then the mask was drawn on the turned picture. Without one it is EXIF's, as in any viewer.
-    """
+def exif_orientation(image: Image.Image) -> int:
+    """What EXIF says of how an image's pixels lie: 1, as the picture does, to 8; from 5 on, on their side."""
     exif = Image.Exif()
     try:
         exif.load(image.info.get("exif"))
     except Exception:  # broken EXIF in an otherwise good file
         return 1
     value = exif.get(0x0112)
-    if value not in range(2, 9):
-        return 1
-    if mask_size is not None:
-        (width, height), (mask_width, mask_height) = image.size, mask_size
-        if value < 5 or (width - height) * (mask_width - mask_height) >= 0:
-            return 1
-    return value
+    return value if value in range(2, 9) else 1
+
+
+def orientation(image: Image.Image, mask_size: tuple[int, int] | None) -> int:
+    """The EXIF orientation in which an image is to be read.
+
+    With a mask it is 1, as the pixels lie, unless EXIF lays the image on its side and the mask (width, height) lies
+    that way too: then the mask was drawn on the turned picture. Without one it is EXIF's, as in any viewer.
+    """
+    value = exif_orientation(image)
+    if mask_size is None:
+        return value
+    (width, height), (mask_width, mask_height) = image.size, mask_size
+    return value if value >= 5 and (width - height) * (mask_width - mask_height) < 0 else 1
 
 
 def sizes_of(image_file: Path, mask_file: Path | None) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -332,23 +352,30 @@ class Pictures(Pairs):
 
 
 def check_sizes(pairs: list[tuple[Path, Path | None]], kind: str = "image") -> None:
-    """Open the header of every file; warn, once, of the images (or maps) that are not of their mask's size.
+    """Open the header of every file; warn, once, of the images (or maps) that are not of their mask's size, and of
+    those that EXIF turns upside down or mirrors, or turns though they are square, of which a mask's size says nothing.
 
     Raises:
         InputError: a file is no image.
     """
-    unequal = []
+    unequal, unsure = [], []
     for file, mask_file in tqdm(pairs, "headers", unit="img", leave=False, disable=None):
-        size, mask_size = sizes_of(file, mask_file)
-        if size != mask_size:
-            unequal.append(f"{file.stem} ({size[0]} x {size[1]}, mask {mask_size[0]} x {mask_size[1]})")
-    if unequal:
-        names = ", ".join(unequal[:3])
-        print(
-            f"warning: {len(unequal)} of {len(pairs)} {kind}s are not of their mask's size, such as {names};"
-            " each is resized by itself",
-            file=sys.stderr,
-        )
+        (width, height), mask_size = sizes_of(file, mask_file)
+        if (width, height) != mask_size:
+            unequal.append(f"{file.stem} ({width} x {height}, mask {mask_size[0]} x {mask_size[1]})")
+        value = exif_orientation(open_image(file, decode=False))
+        if mask_file is not None and (1 < value < 5 or value > 4 and width == height):
+            unsure.append(file.stem)
+    for names, problem in (
+        (unequal, "not of their mask's size, {}; each is resized by itself"),
+        (
+            unsure,
+            "turned or mirrored by EXIF, {}, in a way no mask's size can confirm; they are read as the pixels lie",
+        ),
+    ):
+        if names:
+            text = problem.format(f"such as {', '.join(names[:3])}")
+            print(f"warning: {len(names)} of {len(pairs)} {kind}s are {text}", file=sys.stderr)
 
 
 def loader(data: Dataset, batch_size: int, workers: int, **options) -> DataLoader:
@@ -463,9 +490,14 @@ def table_row(name: str, images: object, cells: dict[str, str], width: int) -> s
     return f"{name:<{width}}  {images:>6}" + "".join(f"  {cell:>{max(6, len(m))}}" for m, cell in cells.items())
 
 
+def plain_name(name: str) -> str:
+    """A data set's name without what folders add to it: COD10K of COD10K-Test, cod10k_te or COD10K_Dataset."""
+    return re.sub(r"[-_](te|test|dataset)$", "", name, flags=re.IGNORECASE).upper()
+
+
 def published_rows(name: str, metrics: dict[str, float], width: int) -> list[str]:
     """The paper's rows for a data set that it has (CAMO, camo-test, ...), in the columns of `metrics`."""
-    name = re.sub(r"[-_]te(st)?$", "", name, flags=re.IGNORECASE).upper()
+    name = plain_name(name)
     columns = ("BER",) if name == "ISTD" else ("S", "E", "wF", "MAE")
     rows = []
     for model, values in zip(("TS-SAM_B", "TS-SAM_H"), PUBLISHED.get(name, ()), strict=False):
@@ -641,7 +673,7 @@ class Parser(argparse.ArgumentParser):
     """An ArgumentParser that shows a script's docstring as it is and whose errors are one line (exit code 2)."""
 
     def __init__(self, doc: str) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -698,20 +730,27 @@ def run(main: Callable[[], None]) -> None:
         sys.exit(2)
 
 
-def find_maps(maps: Path, s: ImageSet, only: bool) -> list[tuple[Path, Path]]:
-    """The (map, mask) files of a data set: in its folder under `maps`, or in `maps` if it is the only set."""
+def find_maps(maps: Path, s: ImageSet) -> list[tuple[Path, Path]]:
+    """The (map, mask) files of a data set: the maps lie in its folder under `maps` (DUTS-TE, or DUTS; letter case
+    ignored), or in `maps` itself where that has no folders."""
     if not maps.is_dir():
         raise InputError(f"--maps: {maps}: no such folder")
-    folder = maps / s.name
-    if not folder.is_dir():
-        if not only:
-            raise InputError(f"--maps: {maps} has no folder {s.name}")
-        folder = maps
-    files = image_files(folder)
+    folders = subfolders_of(maps)
+    known = [f for f in folders if f.name.lower() == s.name.lower()]
+    known = known or [f for f in folders if plain_name(f.name) == plain_name(s.name)] or ([] if folders else [maps])
+    if not known:
+        there = ", ".join(f.name for f in folders)
+        raise InputError(
+            f"--maps: {maps} has no folder {s.name}, only {there}; maps are looked for as {s.name}/<image>.png"
+        )
+    files = image_files(known[0])
     missing = [image.stem for image, _ in s.pairs if image.stem not in files]
     if missing:
-        names = ", ".join(missing[:3])
-        raise InputError(f"{folder}: {len(missing)} of {len(s.pairs)} images have no map, such as {names}")
+        names = ", ".join(f"{stem}.png" for stem in missing[:3])
+        endings = ", ".join(IMAGE_ENDINGS)
+        raise InputError(
+            f"{known[0]}: {len(missing)} of {len(s.pairs)} maps are missing, such as {names} (or {endings})"
+        )
     return [(files[image.stem], mask) for image, mask in s.pairs]
 
 
@@ -739,7 +778,9 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument(
         "--task", choices=("sod", "cod", "shadow"), help="what --maps show (default sod): shadows are scored by BER"
     )
-    parser.add_argument("--csv", type=Path, metavar="FILE", help="write the table there, in full precision")
+    parser.add_argument(
+        "--csv", type=Path, metavar="FILE", help="write the table there, in full precision (an older one goes)"
+    )
     parser.add_argument(
         "--save",
         type=Path,
@@ -769,15 +810,18 @@ def main() -> None:
     args = parse_arguments()
     if args.csv is not None:
         make_folder(args.csv.parent, "--csv")
-        if args.csv.is_dir():
-            raise InputError(f"--csv: {args.csv} is a folder; name a file")
+        if args.csv.exists() and (args.csv.is_dir() or not args.csv.read_bytes().startswith(b"dataset,images,")):
+            raise InputError(f"--csv: {args.csv} exists and is no table of evaluate.py; name another file")
     if args.ckpt is not None:
         model, info = load_checkpoint(args.ckpt, args.sam_checkpoint)
         model.to(args.device)
         args.task = info["task"]
         if args.data is None and not info.get("val"):
             raise InputError(f"{args.ckpt}: trained without a validation set; name the data: --data")
-        args.data = args.data or [Path(folder) for folder in info["val"]]
+        if args.data is None:
+            args.data = [Path(folder) for folder in info["val"]]
+            if not all(folder.is_dir() for folder in args.data):
+                raise InputError(f"{args.ckpt}: validated on {args.data[0]}, which has gone; name the data: --data")
         print(f"{args.ckpt}: {args.task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
 
     sets = find_sets(args.data, "test")
@@ -794,11 +838,12 @@ def main() -> None:
                 raise InputError(f"--save: {folders[s.name]} holds the data itself; name another folder")
             if any(image.stem == "overview" for image, _ in s.pairs):
                 raise InputError(f"--save: {s.folder}: overview.png is written there too; rename the image overview")
-    maps = {s.name: find_maps(args.maps, s, only=len(sets) == 1) for s in sets} if args.maps is not None else {}
+    maps = {s.name: find_maps(args.maps, s) for s in sets} if args.maps is not None else {}
     for s in sets:
-        print(s)
+        print(f"{s}; maps: {maps[s.name][0][0].parent}" if maps else s)
     check_sizes([pair for s in sets for pair in maps.get(s.name, s.pairs)], "image" if args.maps is None else "map")
-    print(f"protocol: {args.protocol} ({PROTOCOLS[args.protocol]})", flush=True)
+    task = f"; task: {args.task}" if args.maps is not None else ""
+    print(f"protocol: {args.protocol} ({PROTOCOLS[args.protocol]}){task}", flush=True)
 
     width = max(len("  TS-SAM_B, paper"), *map(len, names))
     rows: list[dict] = []

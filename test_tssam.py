@@ -688,6 +688,12 @@ def test_a_folder_above_several_sets(tmp_path):
     (tmp_path / "inner").rename(tmp_path / "DUTS/DUTS-TE/DUTS-TE")
     (s,) = evaluate.find_sets([tmp_path / "DUTS"], "test")
     assert s.name == "DUTS-TE" and len(s.pairs) == 2
+    # The same for a folder of images alone.
+    (tmp_path / "ECSSD/images").rename(tmp_path / "inner")
+    (tmp_path / "ECSSD/images").mkdir()
+    (tmp_path / "inner").rename(tmp_path / "ECSSD/images/images")
+    (unpacked,) = evaluate.find_sets([tmp_path / "ECSSD"], "test")
+    assert [i.relative_to(tmp_path) for i, _ in unpacked.pairs] == [Path(f"ECSSD/images/images/{x}.jpg") for x in "ab"]
     # What was found is said with its folders, split and pairs.
     folder = tmp_path / "DUTS/DUTS-TE/DUTS-TE"
     assert str(s) == f"DUTS-TE: {folder / 'DUTS-TE-Image'} and DUTS-TE-Mask, test split, 2 pairs"
@@ -739,9 +745,12 @@ def test_data_that_is_not_found_says_what_was_looked_for(tmp_path):
         evaluate.find_sets([tmp_path / "nowhere"], "test")
     (tmp_path / "notes.txt").touch()
     with pytest.raises(
-        InputError, match=r"notes.txt: neither a folder nor an image file \(.jpg, .jpeg, .png, .bmp, .web"
+        InputError, match=r"notes.txt: a file, not a folder or an image \(.jpg, .jpeg, .png, .bmp, .web"
     ):
         evaluate.find_sets([tmp_path / "notes.txt"], "test")
+    Image.new("RGB", (5, 5)).save(tmp_path / "photo.png")
+    with pytest.raises(InputError, match="photo.png: a file, not a folder$"):
+        evaluate.find_sets([tmp_path / "photo.png"], "train")
     (tmp_path / "stuff").mkdir()
     message = (
         r"for a folder of images \(im, img, .*train_a, test_a\) beside one of masks \(gt, .*test_b\),"
@@ -761,22 +770,30 @@ def test_data_that_is_not_found_says_what_was_looked_for(tmp_path):
 def test_pairs_that_are_none_are_named(tmp_path):
     make_pairs(tmp_path / "Imgs", tmp_path / "GT", ("a", "b", "c"))
     (tmp_path / "GT" / "b.png").unlink()
-    with pytest.raises(InputError, match="1 files have no mask of the same stem, such as b"):
+    with pytest.raises(
+        InputError, match=r"1 images \(such as b\) stand alone; an image and its mask have the same stem"
+    ):
         evaluate.find_sets([tmp_path], "train")
     (tmp_path / "Imgs" / "b.jpg").unlink()
+    (tmp_path / "Imgs" / "d.jpg").write_bytes((tmp_path / "Imgs" / "c.jpg").read_bytes())
     (tmp_path / "Imgs" / "c.jpg").unlink()
-    with pytest.raises(InputError, match="1 files have no image of the same stem, such as c"):
+    with pytest.raises(InputError, match=r"1 images \(such as d\) and 1 masks \(such as c\) stand alone"):
+        evaluate.find_sets([tmp_path], "train")
+    (tmp_path / "Imgs" / "d.jpg").unlink()
+    with pytest.raises(InputError, match=r"1 masks \(such as c\) stand alone"):
         evaluate.find_sets([tmp_path], "test")
     (tmp_path / "GT" / "c.png").unlink()
     (tmp_path / "Imgs" / "a.bmp").touch()
-    with pytest.raises(InputError, match="a.jpg: a.bmp beside it has the same stem"):
+    with pytest.raises(
+        InputError, match="a.jpg: a.bmp beside it has the same stem; .*images and masks lie in two folders"
+    ):
         evaluate.find_sets([tmp_path], "test")
     (tmp_path / "masks").mkdir()
     with pytest.raises(InputError, match=r"several folders of masks \(GT, masks\)"):
         evaluate.find_sets([tmp_path / "."], "test") if not (tmp_path / "Imgs/a.bmp").unlink() else None
     (tmp_path / "masks").rmdir()
     (tmp_path / "GT" / "a.png").unlink()
-    with pytest.raises(InputError, match="GT: no image files"):
+    with pytest.raises(InputError, match="GT: no image files in it"):
         evaluate.find_sets([tmp_path], "test")
 
 
@@ -861,6 +878,8 @@ def odd_masks() -> dict[str, tuple[Image.Image, np.ndarray | None]]:
             None,
         ),
         "edges.png": (Image.fromarray(levels), levels),
+        "16-bit-of-8.png": (Image.fromarray(levels.astype(np.uint16)), levels),
+        "dark-edges.png": (Image.fromarray(levels // 2), levels // 2),
         "nothing.png": (Image.new("L", (30, 20)), np.zeros_like(disk)),
         "all-of-it.png": (Image.new("L", (30, 20), 1), np.full_like(disk, 255)),
     }
@@ -903,6 +922,7 @@ def save_turned(path: Path, orientation: int) -> None:
         (8, (200, 400), "bottom"),  # of another size, but upright
         (6, (25, 25), "left"),  # says nothing
         (3, (30, 20), "left"),  # sizes cannot tell
+        (3, (20, 30), "left"),  # the mask is of another picture's size
         (3, None, "right"),
         (6, None, "top"),
     ],
@@ -925,6 +945,25 @@ def test_exif_rotation_where_the_masks_size_says_so(tmp_path, orientation, mask_
     assert {"left": x[0][:, :15], "right": x[0][:, 17:], "top": x[0][:15], "bottom": x[0][17:]}[bright].mean() > middle
     if mask_file:
         assert torch.equal(evaluate.Pairs([(tmp_path / "a.jpg", mask_file)], 32)[0][0], x)
+
+
+def test_exif_that_no_mask_can_confirm_is_warned_about(tmp_path, capsys):
+    pairs = []
+    for orientation, size in ((1, (30, 20)), (6, (30, 20)), (3, (30, 20)), (6, (20, 20))):
+        save_turned(tmp_path / "a.jpg", orientation)
+        file = tmp_path / f"{orientation}-{size[0]}.jpg"
+        with Image.open(tmp_path / "a.jpg") as image:
+            image.crop((0, 0, *size)).save(file, exif=image.getexif())
+        Image.new("L", size).save(mask := file.with_suffix(".png"))
+        pairs.append((file, mask))
+    evaluate.check_sizes(pairs)
+    err = capsys.readouterr().err
+    assert err == (
+        "warning: 2 of 4 images are turned or mirrored by EXIF, such as 3-30, 6-20, in a way no mask's size can"
+        " confirm; they are read as the pixels lie\n"
+    )
+    evaluate.check_sizes([(image, None) for image, _ in pairs])
+    assert capsys.readouterr().err == ""
 
 
 def test_broken_exif_is_no_error(tmp_path):
@@ -1105,7 +1144,7 @@ def mixed_pairs(tmp_path) -> list[tuple[Path, Path]]:
 
 @pytest.mark.parametrize("protocol", ["paper", "original"])
 @pytest.mark.parametrize("task", ["sod", "shadow"])
-def test_protocols_from_files_to_numbers(mixed_pairs, task, protocol):
+def test_protocols_from_files_to_numbers(tmp_path, mixed_pairs, task, protocol):
     model, made = Brightness(32), []
     for image_file, mask_file in mixed_pairs:
         image = np.asarray(Image.open(image_file).resize((32, 32), Image.Resampling.BILINEAR)) / np.float32(255)
@@ -1126,6 +1165,8 @@ def test_protocols_from_files_to_numbers(mixed_pairs, task, protocol):
     # The same to the last bit, however many workers and whatever the batches; in another order up to rounding.
     for batch_size, workers in ((1, 0), (7, 0), (3, 1), (2, 2)):
         assert evaluate.evaluate(model, mixed_pairs, task, protocol, batch_size, workers).results() == results
+    (tmp_path / "maps").mkdir()  # nor does saving change it
+    assert evaluate.evaluate(model, mixed_pairs, task, protocol, 2, 0, tmp_path / "maps").results() == results
     turned = evaluate.evaluate(model, mixed_pairs[::-1], task, protocol, 3, 2)
     assert turned.results() == pytest.approx(results, rel=1e-13)
     assert turned.s[::-1] == evaluate.evaluate(model, mixed_pairs, task, protocol, 2, 0).s
@@ -1324,9 +1365,10 @@ def test_training_without_validation(pairs_folder, monkeypatch, capsys):
         monkeypatch, capsys, evaluate, "--ckpt", "run/last.pt", "--data", pairs_folder, "--device", "cpu"
     )
     assert code == 0 and "3 pairs" in out
-    # --val is used when it is given
+    # --val is used when it is given, even if it is of no use
     code, out, err = script(monkeypatch, capsys, train, *arguments, "--out", "run2", "--val", pairs_folder / "train")
-    assert code == 0 and Path("run2/best.pt").exists() and f"val:   data: {pairs_folder / 'train/Imgs'} and GT" in out
+    assert code == 0 and "warning: validation is on images of the training set" in err
+    assert Path("run2/best.pt").exists() and f"val:   data: {pairs_folder / 'train/Imgs'} and GT" in out
 
 
 def test_checkpoints_are_not_overwritten(pairs_folder, monkeypatch, capsys):
@@ -1400,8 +1442,14 @@ def test_training_sets_are_joined(tmp_path, monkeypatch, capsys):
     assert code == 0
     rows = [*csv.DictReader(Path("t.csv").read_text().splitlines())]
     assert np.mean([float(row["S"]) for row in rows]) == pytest.approx(stored["metrics"]["S"], rel=1e-5)
+    # Nor is what is no test split, such as another set beside the train split.
+    build_data_set(tmp_path / "D/HKU-IS")
+    build_layout(tmp_path, "D/D-TR/Imgs + D/D-TR/GT", ("a", "b"))
+    build_layout(tmp_path, "E-TE/Imgs + E-TE/GT", ("a", "b"))
+    code, out, err = script(monkeypatch, capsys, train, "--data", "D", *arguments[3:-1], "run4")
+    assert code == 0 and "train: D-TR: " in out and "val:   none" in out
     # The test split is not validated on when it is what was trained on; images alone are no validation set.
-    code, out, err = script(monkeypatch, capsys, train, "--data", "COD/TestDataset/CAMO", *arguments[3:-1], "run2")
+    code, out, err = script(monkeypatch, capsys, train, "--data", "E-TE", *arguments[3:-1], "run2")
     assert code == 0 and "val:   none" in out
     (tmp_path / "new/Imgs").mkdir(parents=True)
     Image.new("RGB", (5, 5)).save("new/Imgs/a.png")
@@ -1538,9 +1586,15 @@ def test_saved_maps_give_the_same_numbers(tmp_path, mixed_pairs, model_file, mon
     for image, mask in evaluate.find_sets([Path("mixed")], "test")[0].pairs:
         with Image.open(mask) as m, Image.open(f"maps/mixed/{image.stem}.png") as saved:
             assert saved.size == m.size and saved.mode == "L" and len(set(saved.tobytes())) > 20
+    Path("other").mkdir()
+    Path("maps/mixed").rename("other/Mixed-Test")  # as others name it
+    code, again, err = script(monkeypatch, capsys, evaluate, "--maps", "other", "--data", "mixed", "--csv", "maps.csv")
+    assert code == 0 and Path("maps.csv").read_bytes() == Path("model.csv").read_bytes()
+    Path("other/Mixed-Test").rename("maps/mixed")
     for maps in ("maps", "maps/mixed"):
         code, again, err = script(monkeypatch, capsys, evaluate, "--maps", maps, "--data", "mixed", "--csv", "maps.csv")
         assert code == 0 and again.splitlines()[-1] == out.splitlines()[-2]
+        assert again.startswith("mixed: mixed/Imgs and GT, no splits, 7 pairs; maps: maps/mixed\nprotocol: original (")
         assert Path("maps.csv").read_bytes() == Path("model.csv").read_bytes()
     # Under the paper's protocol the same maps are saved.
     before = Path("maps/mixed/8.png").read_bytes()
@@ -1551,7 +1605,11 @@ def test_saved_maps_give_the_same_numbers(tmp_path, mixed_pairs, model_file, mon
     Image.open("maps/mixed/8.png").resize((40, 60), Image.Resampling.NEAREST).save("maps/mixed/8.png")
     code, out, err = script(monkeypatch, capsys, evaluate, "--maps", "maps", "--data", "mixed", "--csv", "maps.csv")
     assert code == 0 and "warning: 1 of 7 maps are not of their mask's size, such as 8 (40 x 60, mask 20 x 30)" in err
-    assert float(table("maps.csv")[0]["S"]) == pytest.approx(float(table("model.csv")[0]["S"]), abs=0.02)
+    grey = Image.open("maps/mixed/8.png").resize((20, 30), Image.Resampling.BILINEAR)
+    by_hand = by_py_sod_metrics([(np.asarray(grey), np.ones((30, 20), bool))], "sod", "original")
+    alone = evaluate.Scores("sod", "original")
+    alone.add(evaluate.finish_map(Path("maps/mixed/8.png"), Path("mixed/GT/8.png"), "sod"))
+    assert alone.results() == by_hand
 
 
 def test_overview(tmp_path, model_file, monkeypatch, capsys):
@@ -1645,7 +1703,10 @@ def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file
     make_pairs(tmp_path / "named/Imgs", tmp_path / "named/GT", ("overview",))
     make_pairs(tmp_path / "new/Imgs", tmp_path / "elsewhere")
     Path("maps/HKU-IS").mkdir(parents=True)
+    Path("old.csv").write_text("my,notes\n")
     Path("file").touch()
+    stored = torch.load("model.pt", weights_only=True)
+    torch.save({**stored, "val": ["/gone/DUTS-TE"]}, "gone.pt")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
     model, maps = ("--ckpt", "model.pt", "--device", "cpu"), ("--maps", "maps")
     for arguments, message in (
@@ -1663,10 +1724,24 @@ def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file
         ((*model, "--data", "ECSSD", "--save", "file"), "--save: file/ECSSD: no folder to write to"),
         ((*model, "--data", "named", "--save", "out"), "overview.png is written there too; rename the image overview"),
         ((*model, "--data", "ECSSD", "--csv", "file/t.csv"), "--csv: file: no folder to write to"),
-        ((*model, "--data", "ECSSD", "--csv", "maps"), "--csv: maps is a folder; name a file"),
+        (
+            (*model, "--data", "ECSSD", "--csv", "maps"),
+            "--csv: maps exists and is no table of evaluate.py; name another",
+        ),
+        ((*model, "--data", "ECSSD", "--csv", "model.pt"), "--csv: model.pt exists and is no table of evaluate.py"),
+        ((*model, "--data", "ECSSD", "--csv", "old.csv"), "--csv: old.csv exists and is no table of evaluate.py"),
+        ((*model, "--dat", "ECSSD"), "unrecognized arguments: --dat ECSSD"),
+        (("--ckpt", "maps"), "maps: a folder; name a file"),
+        (
+            ("--ckpt", "gone.pt", "--device", "cpu"),
+            "gone.pt: validated on /gone/DUTS-TE, which has gone; name the data: --da",
+        ),
         (maps, "--data: name the data sets the maps belong to"),
-        ((*maps, "--data", "HKU-IS"), "maps/HKU-IS: 2 of 2 images have no map, such as a, b"),
-        ((*maps, "--data", "ECSSD", "HKU-IS"), "--maps: maps has no folder ECSSD"),
+        ((*maps, "--data", "HKU-IS"), "maps/HKU-IS: 2 of 2 maps are missing, such as a.png, b.png (or .jpg,"),
+        (
+            (*maps, "--data", "ECSSD", "HKU-IS"),
+            "--maps: maps has no folder ECSSD, only HKU-IS; maps are looked for as ECSSD/<image>.png",
+        ),
         (("--maps", "nowhere", "--data", "HKU-IS"), "--maps: nowhere: no such folder"),
         ((*maps, "--data", "new"), "new: no masks to score by (looked for gt,"),
         ((*maps, "--data", "HKU-IS", "--save", "out"), "--maps: nothing is predicted; leave out --save"),

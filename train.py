@@ -222,6 +222,8 @@ def main() -> None:
         print(f"train: {s}")
     for s in val_sets or ["none, so there will be no best.pt"]:
         print(f"val:   {s}")
+    if {s.folder.resolve() for s in train_sets} & {s.folder.resolve() for s in val_sets}:
+        print("warning: validation is on images of the training set", file=sys.stderr)
     train_set = Pairs([pair for s in train_sets for pair in s.pairs], args.size)
     val_pairs = [pair for s in val_sets for pair in s.pairs]
     check_sizes(train_set.pairs + val_pairs)

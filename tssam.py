@@ -608,8 +608,10 @@ def load_file(path: str | os.PathLike) -> dict:
     """
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: no such file") from error
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise InputError(
+            f"{path}: no such file" if not Path(path).is_dir() else f"{path}: a folder; name a file"
+        ) from error
     except Exception as error:  # what a broken or foreign file raises is anyone's guess
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {reason}") from error
