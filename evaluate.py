@@ -17,6 +17,7 @@ A number belongs to one of two protocols, and `py_sod_metrics` computes both:
 
 import argparse
 import csv
+import multiprocessing
 import os
 import re
 import sys
@@ -33,7 +34,7 @@ import numpy as np
 import py_sod_metrics
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import Image, ImageDraw
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
@@ -100,10 +101,10 @@ def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
     for root in roots:
         found = search(root, split)
         if not found and split == "test":
-            if root.is_dir():
-                name, files = root.resolve().name, list(image_files(root).values())
+            if os.path.isdir(root) and os.access(root, os.R_OK):
+                name, files = own_name(root), list(image_files(root).values())
             else:
-                name, files = root.stem, [root] if root.is_file() and root.suffix.lower() in IMAGE_ENDINGS else []
+                name, files = root.stem, [root] if os.path.isfile(root) and root.suffix.lower() in IMAGE_ENDINGS else []
             found = [ImageSet(name, root, None, [(file, None) for file in files])] if files else []
         if not found:
             raise InputError(not_found(root, split))
@@ -123,38 +124,45 @@ def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
 
 
 def subfolders_of(folder: Path) -> list[Path]:
-    """The folders in a folder, sorted, without hidden ones and macOS's __MACOSX."""
-    if not folder.is_dir():
+    """The folders in a folder, sorted, without hidden ones and macOS's __MACOSX; none where it cannot be read."""
+    try:
+        return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
+    except OSError:
         return []
-    return sorted(f for f in folder.iterdir() if f.is_dir() and not f.name.startswith((".", "__")))
 
 
 def search(folder: Path, split: str, inside: str | None = None, depth: int = 4) -> list[ImageSet]:
     """The data sets in a folder, down to `depth` levels below it; `inside` is the split it lies in, if any."""
     subfolders = subfolders_of(folder)
-    inside = next((s for s, patterns in SPLIT_FOLDERS.items() if named(folder.resolve().name, patterns)), inside)
+    inside = next((s for s, patterns in SPLIT_FOLDERS.items() if named(own_name(folder), patterns)), inside)
     splits = [f for f in subfolders if named(f.name, SPLIT_FOLDERS[split])]
-    if splits:
-        return [s for f in splits for s in search(f, split, split, depth - 1)]
-    if any(named(f.name, IMAGE_FOLDERS) for f in subfolders):
+    if not splits and any(named(f.name, IMAGE_FOLDERS) for f in subfolders):
         return [ImageSet(set_name(folder), folder, inside, pair_files(folder, subfolders))]
+    if splits and split == "train":
+        subfolders = splits
     others = [p for s, patterns in SPLIT_FOLDERS.items() if s != split for p in patterns]
-    return [
-        s for f in subfolders if depth > 0 and not named(f.name, others) for s in search(f, split, inside, depth - 1)
-    ]
+    below = [f for f in subfolders if depth > 0 and not named(f.name, others)]
+    return [s for f in below for s in search(f, split, inside, depth - 1)]
+
+
+def own_name(folder: Path) -> str:
+    """A folder's name, of a linked one the link's, also of one that was given as `.`"""
+    return os.path.basename(os.path.abspath(folder))
 
 
 def set_name(folder: Path) -> str:
     """A data set's name: its folder's, or where that only says the split (ISTD/test) that of the folder above."""
-    folder = folder.resolve()
     bare = [p for patterns in SPLIT_FOLDERS.values() for p in patterns if "*" not in p]
-    return folder.parent.name if named(folder.name, bare) else folder.name
+    name = own_name(folder)
+    return own_name(Path(os.path.abspath(folder)).parent) if named(name, bare) else name
 
 
 def not_found(root: Path, split: str) -> str:
     """The message of a root without a data set: what was looked for, and what is there."""
-    if not root.exists():
+    if not os.path.exists(root):
         return f"{root}: no such folder"
+    if not os.access(root, os.R_OK):
+        return f"{root}: cannot be read"
     if root.is_file():
         return f"{root}: a file, not a folder" + (
             f" or an image ({', '.join(IMAGE_ENDINGS)})" if split == "test" else ""
@@ -172,8 +180,12 @@ def image_files(folder: Path) -> dict[str, Path]:
     """The image files in a folder by their stems, sorted; hidden files are left out. Where there are none but a single
     folder, as archives unpack (images/images/*.jpg), those in that one."""
     files: dict[str, Path] = {}
-    for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith(".") and file.is_file():
+    try:
+        listed = sorted(folder.iterdir())
+    except OSError as error:
+        raise InputError(f"{folder}: cannot be read ({error.strerror})") from error
+    for file in listed:
+        if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith(".") and not file.is_dir():
             if file.stem in files:
                 raise InputError(
                     f"{file}: {files[file.stem].name} beside it has the same stem; a folder holds one file of a stem,"
@@ -234,6 +246,17 @@ def open_image(path: Path, decode: bool = True) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
 
 
+TURNS = {  # by EXIF's orientation; Pillow's exif_transpose also rewrites the EXIF block, and fails where that is odd
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
+
+
 def exif_orientation(image: Image.Image) -> int:
     """What EXIF says of how an image's pixels lie: 1, as the picture does, to 8; from 5 on, on their side."""
     exif = Image.Exif()
@@ -242,7 +265,7 @@ def exif_orientation(image: Image.Image) -> int:
     except Exception:  # broken EXIF in an otherwise good file
         return 1
     value = exif.get(0x0112)
-    return value if value in range(2, 9) else 1
+    return value if value in TURNS else 1
 
 
 def orientation(image: Image.Image, mask_size: tuple[int, int] | None) -> int:
@@ -268,10 +291,9 @@ def sizes_of(image_file: Path, mask_file: Path | None) -> tuple[tuple[int, int],
 
 def read_image(path: Path, mask_size: tuple[int, int] | None = None) -> Image.Image:
     """An image file of any mode as RGB, turned as `orientation` says; alpha is dropped (source: release)."""
-    image = open_image(path)
-    if orientation(image, mask_size) > 1:
-        image = ImageOps.exif_transpose(image)
-    return to_rgb(eight_bit(image))
+    turn = TURNS.get(orientation(open_image(path, decode=False), mask_size))
+    image = to_rgb(eight_bit(open_image(path)))
+    return image if turn is None else image.transpose(turn)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -280,17 +302,18 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def eight_bit(image: Image.Image) -> Image.Image:
-    """An image of 16-bit grey levels as 8-bit ones, any other as it is."""
+    """An image of 16-bit grey levels as 8-bit ones (as they are where none is above 255), any other as it is."""
     if not image.mode.startswith("I"):
         return image
-    return Image.fromarray((np.asarray(image).clip(0, 65535) / 257).round().astype(np.uint8))
+    values = np.asarray(image).clip(0, 65535)
+    return Image.fromarray((values / (257 if values.max() > 255 else 1)).round().astype(np.uint8))
 
 
 def read_mask(path: Path) -> Image.Image:
     """A mask file of any mode as 8-bit grey, 0 only where the file is black.
 
-    Colours count by their strongest channel. A mask of a single level besides 0, and that not above 128 (masks of 0 and
-    1, dark palettes), gets 255 for it: both protocols' thresholds then say the same.
+    Colours count by their strongest channel. Masks of 0 and 1, and coloured ones that are nowhere above 128 (dark
+    palettes), are read as 0 and 255, so that the original protocol's threshold sees them too.
     """
     image = open_image(path)
     if image.mode.startswith("I"):
@@ -301,8 +324,8 @@ def read_mask(path: Path) -> Image.Image:
         values = np.asarray(image.convert("L"))
     else:
         values = np.asarray(to_rgb(image)).max(axis=-1)
-    top = values.max()
-    if 0 < top <= 128 and not ((values > 0) & (values < top)).any():
+    dark = 128 if image.mode not in ("L", "LA") and not image.mode.startswith("I") else 1
+    if values.max() <= dark:
         values = (values > 0) * 255
     return Image.fromarray(values.astype(np.uint8))
 
@@ -492,7 +515,7 @@ def table_row(name: str, images: object, cells: dict[str, str], width: int) -> s
 
 def plain_name(name: str) -> str:
     """A data set's name without what folders add to it: COD10K of COD10K-Test, cod10k_te or COD10K_Dataset."""
-    return re.sub(r"[-_](te|test|dataset)$", "", name, flags=re.IGNORECASE).upper()
+    return re.sub(r"[-_](te|test|dataset|v\d)$", "", name, flags=re.IGNORECASE).upper()
 
 
 def published_rows(name: str, metrics: dict[str, float], width: int) -> list[str]:
@@ -512,7 +535,7 @@ def write_csv(rows: list[dict], path: Path) -> None:
     """A row for each data set, numbers in full precision, empty where a column does not apply."""
 
     def save(temporary: Path) -> None:
-        with temporary.open("w", newline="") as file:
+        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
             table = csv.DictWriter(file, CSV_COLUMNS, restval="")
             table.writeheader()
             table.writerows(rows)
@@ -537,7 +560,11 @@ def in_order(work: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
     if workers == 0:
         yield from (work(*job) for job in jobs)
         return
-    with ProcessPoolExecutor(workers) as pool:
+    # Forked from a clean server, not from here: a copy of this process would keep old pages of the network's memory.
+    context = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
+    if os.name == "posix":
+        context.set_forkserver_preload(["torch", "segment_anything", "py_sod_metrics", "tqdm"])
+    with ProcessPoolExecutor(workers, context) as pool:
         under_way = deque()
         for job in jobs:
             under_way.append(pool.submit(work, *job))
@@ -563,6 +590,8 @@ def predict(
         logits = model(images.to(device, non_blocking=True)).float()
         for logit, index, (own_size, mask_size) in zip(logits, indices.tolist(), sizes.tolist(), strict=True):
             image_file, mask_file = pairs[index]
+            if not logit.isfinite().all():
+                raise InputError(f"{image_file}: the model's output is not finite; its weights are broken")
             saved = (to_map(logit, own_size), save / f"{image_file.stem}.png") if save is not None else None
             if mask_file is None:
                 prediction = None
@@ -585,8 +614,15 @@ def finish(
     if mask_file is None:
         return None
     mask = read_mask(mask_file)
-    at_size = foreground(mask, len(prediction)) if protocol == "paper" else np.asarray(mask) > 128
-    return score(prediction, at_size, task, protocol)
+    if protocol == "paper":
+        return score(prediction, foreground(mask, len(prediction)), task, protocol)
+    return score_original(prediction, mask, task)
+
+
+def score_original(prediction: np.ndarray, mask: Image.Image, task: str) -> dict:
+    """`score` under the original protocol; "faint": whether the mask has levels above 0, none above 128."""
+    levels = np.asarray(mask)
+    return score(prediction, levels > 128, task, "original") | {"faint": 0 < levels.max() <= 128}
 
 
 def finish_map(map_file: Path, mask_file: Path, task: str) -> dict:
@@ -594,7 +630,7 @@ def finish_map(map_file: Path, mask_file: Path, task: str) -> dict:
     mask, grey = read_mask(mask_file), to_rgb(eight_bit(open_image(map_file))).convert("L")
     if grey.size != mask.size:
         grey = grey.resize(mask.size, Image.Resampling.BILINEAR)
-    return score(np.asarray(grey), np.asarray(mask) > 128, task, "original")
+    return score_original(np.asarray(grey), mask, task)
 
 
 def collect(results: Iterable[dict | None], total: int, task: str, protocol: str) -> Scores:
@@ -640,7 +676,7 @@ def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path, height: 
     for _, image_file, mask_file, prediction_file in rows:
         mask = read_mask(mask_file)
         row = [read_image(image_file, mask.size), mask, open_image(prediction_file)]
-        width = max(1, round(height * row[0].width / row[0].height))
+        width = min(max(1, round(height * row[0].width / row[0].height)), 3 * height)
         panels.append([panel.convert("RGB").resize((width, height)) for panel in row])
     gap, text = 6, 16
     column = max(row[0].width for row in panels) + gap
@@ -716,6 +752,7 @@ def add_machine_arguments(parser: Parser) -> None:
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: an InputError is one line on stderr and exit code 2, anything else keeps its traceback."""
+    sys.stdout.reconfigure(errors="replace")  # names a terminal cannot show
     try:
         try:
             main()
@@ -768,6 +805,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         type=Path,
         nargs="+",
+        action="extend",
         metavar="DIR",
         help="data sets (their test split, if they have one), folders above several, images without masks, or image"
         " files (default: the data it was validated on in training)",
@@ -827,17 +865,24 @@ def main() -> None:
     sets = find_sets(args.data, "test")
     names = [s.name for s in sets]
     folders = {s.name: args.save if s.folder.is_file() else args.save / s.name for s in sets} if args.save else {}
+    data_folders = {f.resolve() for s in sets for f in (s.folder, *(f.parent for f in s.pairs[0] if f))}
+    if args.save is None and not any(s.pairs[0][1] for s in sets):
+        instead = "; --save DIR writes predictions" if args.maps is None else ""
+        looked = ", ".join(MASK_FOLDERS)
+        raise InputError(f"{sets[0].folder}: no masks to score by (looked for {looked}){instead}")
     for s in sets:
         if names.count(s.name) > 1:
             raise InputError(f"--data: {s.folder}: another data set is called {s.name} too; evaluate them one by one")
-        if s.pairs[0][1] is None and args.save is None:
-            instead = "; --save DIR writes predictions" if args.maps is None else ""
-            raise InputError(f"{s.folder}: no masks to score by (looked for {', '.join(MASK_FOLDERS)}){instead}")
         if args.save is not None:
-            if folders[s.name].resolve() in {f.resolve() for f in (s.folder, *(f.parent for f in s.pairs[0] if f))}:
+            if folders[s.name].resolve() in data_folders:
                 raise InputError(f"--save: {folders[s.name]} holds the data itself; name another folder")
-            if any(image.stem == "overview" for image, _ in s.pairs):
+            if s.pairs[0][1] is not None and any(image.stem == "overview" for image, _ in s.pairs):
                 raise InputError(f"--save: {s.folder}: overview.png is written there too; rename the image overview")
+    if args.save is None:
+        for s in sets:
+            if s.pairs[0][1] is None:
+                print(f"{s.name}: no masks in {s.folder}, metrics skipped")
+        sets = [s for s in sets if s.pairs[0][1] is not None]
     maps = {s.name: find_maps(args.maps, s) for s in sets} if args.maps is not None else {}
     for s in sets:
         print(f"{s}; maps: {maps[s.name][0][0].parent}" if maps else s)
@@ -860,6 +905,8 @@ def main() -> None:
             print(f"{s.name}: no masks, metrics skipped; {len(s.pairs)} predictions are in {folder}", flush=True)
             continue
         metrics = scores.results()
+        if faint := scores.sums.get("faint"):
+            print(f"warning: {s.name}: {faint} masks are nowhere above 128 and count as empty", file=sys.stderr)
         if not rows:
             print(table_row("data set", "images", {name: name for name in metrics}, width))
         print(table_row(s.name, len(s.pairs), {name: digits(name, value) for name, value in metrics.items()}, width))

@@ -20,7 +20,7 @@ import py_sod_metrics
 import pytest
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageFilter
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from segment_anything import sam_model_registry
 from segment_anything.modeling.image_encoder import get_rel_pos
 from torch import nn
@@ -521,9 +521,11 @@ def test_a_failed_save_leaves_the_checkpoint_before_it(tmp_path, monkeypatch):
         raise OSError("no space left")
 
     monkeypatch.setattr(torch, "save", full_disk)
-    with pytest.raises(OSError, match="no space"):
+    with pytest.raises(
+        InputError, match=r"last.pt: cannot be written \(no space left\); what was there before is whole"
+    ):
         checkpoint(path, model)
-    assert path.read_bytes() == whole
+    assert path.read_bytes() == whole and [p.name for p in tmp_path.iterdir()] == ["last.pt"]
 
 
 def test_checkpoints_that_are_none_are_named(tmp_path):
@@ -534,6 +536,13 @@ def test_checkpoints_that_are_none_are_named(tmp_path):
     del stored["trained"]["ffd.head.bias"]
     torch.save(stored, path)
     with pytest.raises(InputError, match="last.pt: ffd.head.bias is missing"):
+        load_checkpoint(path)
+    for broken in ({**stored, "config": None}, {**stored, "config": {"odd": 1}}, {**stored, "trained": None}):
+        torch.save(broken, path)
+        with pytest.raises(InputError, match="last.pt: not written by this train.py"):
+            load_checkpoint(path)
+    torch.save({"image_encoder.csa_embedding.weight": torch.zeros(1), 3: 4}, path)
+    with pytest.raises(InputError, match="last.pt: holds a dict, not a checkpoint"):
         load_checkpoint(path)
     torch.save({"image_encoder.pos_embed": torch.zeros(1)}, path)
     with pytest.raises(
@@ -625,7 +634,7 @@ LAYOUTS = {  # SPEC: root, train split, {test set's name: its folders}, a set wi
     "DUT-OMRON": (None, {"DUT-OMRON": "DUT-OMRON-image + pixelwiseGT-new-PNG"}),
     "HKU-IS": (None, {"HKU-IS": "imgs + gt"}),
     "PASCAL-S": (None, {"PASCAL-S": "imgs + masks"}),
-    "PASCAL-S ": (None, {"PASCAL-S ": "Imgs + gt"}),
+    "pascal-s": (None, {"pascal-s": "Imgs + gt"}),
     "Pascal_S": (None, {"Pascal_S": "Image + masks"}),
     "COD": ("TrainDataset/Imgs + TrainDataset/GT", {n: f"TestDataset/{n}/Imgs + TestDataset/{n}/GT" for n in COD_SETS}),
     "older": ("TrainDataset/Image + TrainDataset/GT", {"CAMO": "TestDataset/CAMO/Image + TestDataset/CAMO/GT"}),
@@ -643,7 +652,7 @@ def build_data_set(root: Path) -> tuple[list, dict[str, list]]:
     """A data set of LAYOUTS: its training pairs and those of each of its test sets."""
     train_folders, tests = LAYOUTS[root.name]
     train_pairs = build_layout(root, train_folders, ("t1", "t2")) if train_folders else []
-    test_pairs = {name: build_layout(root, folders, ("b", "a"[:1])) for name, folders in tests.items()}
+    test_pairs = {name: build_layout(root, folders, ("b", "a")) for name, folders in tests.items()}
     return train_pairs, {name: sorted(pairs) for name, pairs in test_pairs.items()}
 
 
@@ -682,6 +691,17 @@ def test_a_folder_above_several_sets(tmp_path):
         evaluate.find_sets([tmp_path], "train")
     roots = [tmp_path / "COD", tmp_path / "DUTS"]
     assert [s.split for s in evaluate.find_sets(roots, "train")] == ["train", "train"]
+    # Splits and whole sets side by side: still a row of each, and training takes the split.
+    build_layout(tmp_path / "flat", "DUTS-TR/Imgs + DUTS-TR/GT", ("t",))
+    build_layout(tmp_path / "flat", "DUTS-TE/Imgs + DUTS-TE/GT", ("e",))
+    build_data_set(tmp_path / "flat/ECSSD")
+    assert [s.name for s in evaluate.find_sets([tmp_path / "flat"], "test")] == ["DUTS-TE", "ECSSD"]
+    assert [s.name for s in evaluate.find_sets([tmp_path / "flat"], "train")] == ["DUTS-TR"]
+    # A linked set has the link's name.
+    (tmp_path / "NC4K").symlink_to(tmp_path / "flat/ECSSD")
+    (linked,) = evaluate.find_sets([tmp_path / "NC4K"], "test")
+    assert linked.name == "NC4K" and len(linked.pairs) == 2
+    (tmp_path / "NC4K").unlink()
     # Unpacked into a folder of its own name, as archives are.
     (tmp_path / "DUTS/DUTS-TE").rename(tmp_path / "inner")
     (tmp_path / "DUTS/DUTS-TE").mkdir()
@@ -708,6 +728,8 @@ def test_files_that_are_images(tmp_path):
     for clutter in ("Imgs/Thumbs.db", "Imgs/.DS_Store", "Imgs/._a.jpg", "GT/._a.png", "GT/desktop.ini", "GT/read.txt"):
         (tmp_path / clutter).write_bytes(b"clutter")
     (tmp_path / "Imgs/folder.png").mkdir()
+    (tmp_path / "Imgs/g.png").symlink_to(tmp_path / "nowhere")  # as a data manager leaves what it has not fetched
+    (tmp_path / "GT/g.PNG").symlink_to(tmp_path / "nowhere")
     (s,) = evaluate.find_sets([tmp_path], "train")
     assert [(i.name, m.name) for i, m in s.pairs] == [
         ("a.jpg", "a.PNG"),
@@ -716,7 +738,10 @@ def test_files_that_are_images(tmp_path):
         ("d.bmp", "d.PNG"),
         ("e.webp", "e.PNG"),
         ("f.JPG", "f.PNG"),
+        ("g.png", "g.PNG"),
     ]
+    with pytest.raises(InputError, match="g.PNG: cannot be read as an image"):
+        evaluate.check_sizes(s.pairs)
 
 
 def test_images_without_masks(tmp_path):
@@ -789,8 +814,9 @@ def test_pairs_that_are_none_are_named(tmp_path):
     ):
         evaluate.find_sets([tmp_path], "test")
     (tmp_path / "masks").mkdir()
+    (tmp_path / "Imgs" / "a.bmp").unlink()
     with pytest.raises(InputError, match=r"several folders of masks \(GT, masks\)"):
-        evaluate.find_sets([tmp_path / "."], "test") if not (tmp_path / "Imgs/a.bmp").unlink() else None
+        evaluate.find_sets([tmp_path], "test")
     (tmp_path / "masks").rmdir()
     (tmp_path / "GT" / "a.png").unlink()
     with pytest.raises(InputError, match="GT: no image files in it"):
@@ -824,6 +850,7 @@ def odd_images() -> dict[str, tuple[Image.Image, np.ndarray]]:
         "palette.png": (palette, colours[PICTURE[..., 0] % 4]),
         "palette-clear.png": (clear, colours[PICTURE[..., 0] % 4]),
         "16-bit.png": (Image.fromarray(wide), three),
+        "16-bit-of-8.png": (Image.fromarray(wide // 257), three),
         "palette.bmp": (palette, colours[PICTURE[..., 0] % 4]),
         "rgba.webp": (with_alpha["RGBA"], None),
         "cmyk.jpg": (Image.new("CMYK", (30, 20), (0, 255, 255, 0)), np.full((20, 30, 3), (255, 0, 0))),
@@ -860,7 +887,8 @@ def odd_masks() -> dict[str, tuple[Image.Image, np.ndarray | None]]:
         "grey.png": (white, None),
         "grey.bmp": (white, None),
         "0-and-1.png": (Image.fromarray(disk), None),
-        "0-and-128.png": (Image.fromarray(disk * 128), None),
+        "0-and-128.png": (Image.fromarray(disk * 128), disk * 128),  # grey levels stay what they are
+        "rgb-0-and-1.png": (Image.fromarray(disk).convert("RGB"), None),
         "16-bit.png": (Image.fromarray(disk.astype(np.uint16) * 65535), None),
         "16-bit-0-and-255.png": (Image.fromarray(disk.astype(np.uint16) * 255), None),
         "16-bit-0-and-1.png": (Image.fromarray(disk.astype(np.uint16)), None),
@@ -909,6 +937,7 @@ def save_turned(path: Path, orientation: int) -> None:
     exif[0x0112] = orientation
     pixels = np.zeros((20, 30, 3), np.uint8)
     pixels[:, :15] = 255
+    pixels[:5, :15, 1] = 0
     Image.fromarray(pixels).save(path, exif=exif, quality=95)
 
 
@@ -964,6 +993,15 @@ def test_exif_that_no_mask_can_confirm_is_warned_about(tmp_path, capsys):
     )
     evaluate.check_sizes([(image, None) for image, _ in pairs])
     assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("value", range(1, 9))
+def test_every_turn_is_exifs(tmp_path, value):
+    save_turned(tmp_path / "a.png", value)
+    with Image.open(tmp_path / "a.png") as image:
+        upright = ImageOps.exif_transpose(image).convert("RGB")
+    assert np.array_equal(np.asarray(evaluate.read_image(tmp_path / "a.png")), np.asarray(upright))
+    assert evaluate.sizes_of(tmp_path / "a.png", None)[0] == upright.size
 
 
 def test_broken_exif_is_no_error(tmp_path):
@@ -1138,6 +1176,9 @@ def mixed_pairs(tmp_path) -> list[tuple[Path, Path]]:
         ImageDraw.Draw(mask).ellipse((5, 5, 25, 20), fill=1 if i == 3 else 255)
         if i == 4:
             mask = mask.filter(ImageFilter.GaussianBlur(2))
+        if i == 5:  # the original protocol's threshold is above 128
+            mask = mask.point(lambda grey: 128 if grey else 0)
+            ImageDraw.Draw(mask).ellipse((15, 10, 25, 20), fill=129)
         mask.save(tmp_path / f"mixed/GT/{i}.png")
     return evaluate.find_sets([tmp_path / "mixed"], "test")[0].pairs
 
@@ -1162,6 +1203,13 @@ def test_protocols_from_files_to_numbers(tmp_path, mixed_pairs, task, protocol):
     expected = by_py_sod_metrics(made, task, protocol)
     results = evaluate.evaluate(model, mixed_pairs, task, protocol, 2, 0).results()
     assert results == pytest.approx(expected, abs=1e-4)
+    map_file = tmp_path / "map.png"
+    if protocol == "original":  # the same from saved maps
+        for (prediction, mask), (_, mask_file) in zip(made, mixed_pairs, strict=True):
+            Image.fromarray(prediction).save(map_file)
+            alone = evaluate.Scores(task, protocol)
+            alone.add(evaluate.finish_map(map_file, mask_file, task))
+            assert alone.results() == pytest.approx(by_py_sod_metrics([(prediction, mask)], task, protocol))
     # The same to the last bit, however many workers and whatever the batches; in another order up to rounding.
     for batch_size, workers in ((1, 0), (7, 0), (3, 1), (2, 2)):
         assert evaluate.evaluate(model, mixed_pairs, task, protocol, batch_size, workers).results() == results
@@ -1170,6 +1218,52 @@ def test_protocols_from_files_to_numbers(tmp_path, mixed_pairs, task, protocol):
     turned = evaluate.evaluate(model, mixed_pairs[::-1], task, protocol, 3, 2)
     assert turned.results() == pytest.approx(results, rel=1e-13)
     assert turned.s[::-1] == evaluate.evaluate(model, mixed_pairs, task, protocol, 2, 0).s
+
+
+def test_scoring_is_done_by_workers(mixed_pairs, monkeypatch):
+    used, in_order = [], evaluate.in_order
+    monkeypatch.setattr(evaluate, "in_order", lambda *a: used.append(a[2]) or in_order(*a))
+    shown = []
+    monkeypatch.setattr(evaluate, "progress", lambda n, what: Bar(n, shown))
+    evaluate.evaluate(Brightness(32), mixed_pairs, "sod", "paper", 2, 2)
+    assert used == [2] and shown == [7, *range(1, 8)]
+
+
+class Bar:
+    """Stands in for a progress bar: writes down its total and where it comes to."""
+
+    def __init__(self, total: int, shown: list) -> None:
+        self.n, self.shown = 0, shown
+        shown.append(total)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        pass
+
+    def update(self, n: int = 1) -> None:
+        self.n += n
+        self.shown.append(self.n)
+
+
+def test_broken_weights_are_no_numbers(mixed_pairs):
+    model = Brightness(32)
+    model.weight.data.fill_(math.nan)
+    for protocol in ("paper", "original"):
+        with pytest.raises(InputError, match="0.jpg: the model's output is not finite; its weights are broken"):
+            evaluate.evaluate(model, mixed_pairs, "sod", protocol, 2, 0)
+
+
+def test_masks_that_the_original_protocol_does_not_see(tmp_path, model_file, monkeypatch, capsys):
+    build_layout(tmp_path, "Imgs + GT", ("a", "b"))
+    Image.open(tmp_path / "GT/b.png").point(lambda grey: 100 if grey else 0).save(tmp_path / "GT/b.png")
+    for protocol, warnings in (("paper", 0), ("original", 1)):
+        arguments = ("--ckpt", "model.pt", "--data", tmp_path, "--device", "cpu", "--protocol", protocol)
+        code, out, err = script(monkeypatch, capsys, evaluate, *arguments)
+        assert (
+            code == 0 and err.count("1 masks are nowhere above 128 and count as empty") == err.count("\n") == warnings
+        )
 
 
 def square_slowly(value: int) -> int:
@@ -1569,7 +1663,8 @@ def test_the_papers_rows():
     assert evaluate.PUBLISHED["NC4K"] == ((0.866, 0.900, 0.799, 0.045), (0.905, 0.933, 0.860, 0.032))
     assert evaluate.PUBLISHED["ISTD"] == ((1.11,), (1.04,)) and len(evaluate.PUBLISHED) == 5
     metrics = {"S": 0.5, "E": 0.5, "wF": 0.5, "MAE": 0.5}
-    assert len(evaluate.published_rows("camo-Test", metrics, 20)) == 2
+    for name in ("camo-Test", "CAMO_TE", "COD10K-v3", "NC4K_Dataset"):
+        assert len(evaluate.published_rows(name, metrics, 20)) == 2
     assert evaluate.published_rows("ISTD", metrics, 20) == evaluate.published_rows("DUTS-TE", metrics, 20) == []
     assert evaluate.published_rows("CAMO", {"BER": 1.0}, 20) == []
 
@@ -1658,7 +1753,10 @@ def test_images_alone_are_predicted(tmp_path, model_file, monkeypatch, capsys):
     assert code == 0 and "a: no masks, metrics skipped" in out
     for stem in "ab":
         assert Path(f"out/{stem}.png").read_bytes() == Path(f"out/new/{stem}.png").read_bytes()
-    code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "model.pt", "--data", "new", "--device", "cpu")
+    arguments = ("--ckpt", "model.pt", "--device", "cpu")
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--data", "HKU-IS", "--data", "new")
+    assert code == 0 and "new: no masks in new, metrics skipped" in out and "HKU-IS  " in out
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--data", "new")
     assert code == 2 and "new: no masks to score by (looked for gt, " in err and "--save DIR writes predictions" in err
 
 
@@ -1705,6 +1803,8 @@ def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file
     Path("maps/HKU-IS").mkdir(parents=True)
     Path("old.csv").write_text("my,notes\n")
     Path("file").touch()
+    Path("to").mkdir()
+    Path("to/ECSSD").symlink_to(tmp_path / "ECSSD/ground_truth_mask")
     stored = torch.load("model.pt", weights_only=True)
     torch.save({**stored, "val": ["/gone/DUTS-TE"]}, "gone.pt")
     before = {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()}
@@ -1719,6 +1819,7 @@ def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file
         ((*model, "--data", "ECSSD", "--protocol", "both"), "invalid choice: 'both'"),
         ((*model, "--data", "ECSSD", "--task", "sod"), "--task: goes with --maps; a checkpoint knows its own"),
         ((*model, "--data", "ECSSD", "--save", "."), "--save: ECSSD holds the data itself; name another folder"),
+        ((*model, "--data", "ECSSD", "--save", "to"), "--save: to/ECSSD holds the data itself"),
         ((*model, "--data", "new/Imgs", "--save", "new"), "--save: new/Imgs holds the data itself"),
         ((*model, "--data", "new/Imgs/a.jpg", "--save", "new/Imgs"), "--save: new/Imgs holds the data itself"),
         ((*model, "--data", "ECSSD", "--save", "file"), "--save: file/ECSSD: no folder to write to"),

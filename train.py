@@ -159,6 +159,7 @@ def parse_arguments() -> argparse.Namespace:
         "--data",
         type=Path,
         nargs="+",
+        action="extend",
         metavar="DIR",
         help="data sets to train on, joined: their train split, or any folder of images beside one of masks",
     )

@@ -28,10 +28,11 @@ own, which hold the trained part alone.
 
 import hashlib
 import http.client
+import inspect
 import os
 import re
 from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from functools import partial
 from pathlib import Path
 
@@ -558,6 +559,9 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
     if not {"config", "trained", "task", "encoder", "sam_checkpoint", "encoder_seed"} <= info.keys():
         raise InputError(f"{path}: neither a checkpoint written by train.py nor one of the authors' code")
     config, trained = info.pop("config"), info.pop("trained")
+    known = inspect.signature(TSSAM).parameters
+    if not (isinstance(config, dict) and isinstance(trained, dict) and config.keys() <= known.keys()):
+        raise InputError(f"{path}: not written by this train.py; its config or weights are unknown here")
     if sam_checkpoint is None and info["encoder_seed"] is not None:
         with torch.random.fork_rng(devices=[]):
             torch.default_generator.manual_seed(info["encoder_seed"])
@@ -615,7 +619,7 @@ def load_file(path: str | os.PathLike) -> dict:
     except Exception as error:  # what a broken or foreign file raises is anyone's guess
         reason = error.strerror if isinstance(error, OSError) else type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {reason}") from error
-    if not isinstance(content, dict):
+    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
@@ -638,10 +642,21 @@ def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, r
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Have `save` write a file under a temporary name beside it, then rename it: a file is whole or not there."""
+    """Have `save` write a file under a temporary name beside it, then rename it: a file is whole or not there.
+
+    Raises:
+        InputError: it could not be written.
+    """
     temporary = path.with_name(path.name + ".tmp")
-    save(temporary)
-    os.replace(temporary, path)
+    try:
+        save(temporary)
+        with temporary.open("rb+") as file:
+            os.fsync(file.fileno())  # on the disk before it takes the older one's place
+        os.replace(temporary, path)
+    except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
+        with suppress(OSError):
+            temporary.unlink()
+        raise InputError(f"{path}: cannot be written ({one_line(error)}); what was there before is whole") from error
 
 
 def one_line(error: BaseException) -> str:
