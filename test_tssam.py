@@ -695,6 +695,7 @@ def test_a_folder_above_several_sets(tmp_path):
     build_layout(tmp_path / "flat", "DUTS-TR/Imgs + DUTS-TR/GT", ("t",))
     build_layout(tmp_path / "flat", "DUTS-TE/Imgs + DUTS-TE/GT", ("e",))
     build_data_set(tmp_path / "flat/ECSSD")
+    (tmp_path / "flat/images").mkdir()  # of no account beside splits
     assert [s.name for s in evaluate.find_sets([tmp_path / "flat"], "test")] == ["DUTS-TE", "ECSSD"]
     assert [s.name for s in evaluate.find_sets([tmp_path / "flat"], "train")] == ["DUTS-TR"]
     # A linked set has the link's name.
