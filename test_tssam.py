@@ -1757,6 +1757,7 @@ def test_images_alone_are_predicted(tmp_path, model_file, monkeypatch, capsys):
     arguments = ("--ckpt", "model.pt", "--device", "cpu")
     code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--data", "HKU-IS", "--data", "new")
     assert code == 0 and "new: no masks in new, metrics skipped" in out and "HKU-IS  " in out
+    assert out.count("metrics skipped") == 1  # and nothing predicted for nobody
     code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--data", "new")
     assert code == 2 and "new: no masks to score by (looked for gt, " in err and "--save DIR writes predictions" in err
 
