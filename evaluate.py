@@ -20,6 +20,7 @@ import csv
 import multiprocessing
 import os
 import re
+import signal
 import sys
 import tempfile
 from collections import deque
@@ -348,7 +349,8 @@ class Pairs(Dataset):
         pairs: (image, mask) files.
         size: S.
 
-    An item is (image, mask): (3, S, S) float32 as in `to_input`, and (1, S, S) float32 of 0 and 1.
+    An item is (image, mask): (3, S, S) float32 as in `to_input`, and (1, S, S) float32 of 0 and 1; its key is a pair's
+    index, or (index, whether to mirror it left to right).
     """
 
     def __init__(self, pairs: list[tuple[Path, Path]], size: int) -> None:
@@ -357,11 +359,15 @@ class Pairs(Dataset):
     def __len__(self) -> int:
         return len(self.pairs)
 
-    def __getitem__(self, index: int) -> tuple[Tensor, Tensor]:
+    def __getitem__(self, key: int | tuple[int, bool]) -> tuple[Tensor, Tensor]:
+        index, mirror = key if isinstance(key, tuple) else (key, False)
         image_file, mask_file = self.pairs[index]
         mask = read_mask(mask_file)
-        image = to_input(read_image(image_file, mask.size), self.size)
-        return image, torch.from_numpy(foreground(mask, self.size)[None]).float()
+        item = (
+            to_input(read_image(image_file, mask.size), self.size),
+            torch.from_numpy(foreground(mask, self.size)[None]).float(),
+        )
+        return tuple(t.flip(-1) for t in item) if mirror else item
 
 
 class Pictures(Pairs):
@@ -469,6 +475,11 @@ class Scores:
         self.sums = {name: self.sums.get(name, 0) + value for name, value in result.items()}
         self.s.append(float(result["S"]))
 
+    def join(self, other: "Scores") -> None:
+        """Add the images of another part of the data set."""
+        self.sums = {n: self.sums.get(n, 0) + other.sums.get(n, 0) for n in self.sums.keys() | other.sums.keys()}
+        self.s += other.s
+
     def results(self) -> dict[str, float]:
         """Shadows: BER in percent, the mean over images; original protocol: also BER_pooled, over all their pixels.
         Others: S-measure, mean E-measure, weighted F-measure and MAE; original: also the maximum of the mean F-measure
@@ -531,12 +542,12 @@ def published_rows(name: str, metrics: dict[str, float], width: int) -> list[str
     return rows
 
 
-def write_csv(rows: list[dict], path: Path) -> None:
-    """A row for each data set, numbers in full precision, empty where a column does not apply."""
+def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
+    """A table of `rows`, numbers in full precision, empty where a row has not all `columns`."""
 
     def save(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.DictWriter(file, CSV_COLUMNS, restval="")
+            table = csv.DictWriter(file, columns, restval="")
             table.writeheader()
             table.writerows(rows)
 
@@ -561,10 +572,11 @@ def in_order(work: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
         yield from (work(*job) for job in jobs)
         return
     # Forked from a clean server, not from here: a copy of this process would keep old pages of the network's memory.
+    # Ctrl-C is this process's to answer.
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
     if os.name == "posix":
         context.set_forkserver_preload(["torch", "segment_anything", "py_sod_metrics", "tqdm"])
-    with ProcessPoolExecutor(workers, context) as pool:
+    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
         under_way = deque()
         for job in jobs:
             under_way.append(pool.submit(work, *job))
@@ -758,8 +770,12 @@ def run(main: Callable[[], None]) -> None:
             main()
         except torch.OutOfMemoryError as error:
             raise InputError(
-                "the GPU has too little memory for this; lower --batch-size, or train a smaller --size or --sam"
+                "the GPU has too little memory for this; try --grad-checkpoint, --accumulate 2, --precision bf16 in"
+                " training, or a lower --batch-size, --size or --sam"
             ) from error
+    except KeyboardInterrupt as stop:
+        print(f"{Path(sys.argv[0]).name}: {stop or 'stopped'}", file=sys.stderr)
+        sys.exit(130)
     except InputError as error:
         # One raised in a loader's worker arrives with that worker's traceback in front of its own line.
         message = str(error).rsplit("InputError: ", 1)[-1].strip()
@@ -915,7 +931,7 @@ def main() -> None:
         sys.stdout.flush()
         rows.append({"dataset": s.name, "images": len(s.pairs), "protocol": args.protocol, **metrics})
         if args.csv is not None:
-            write_csv(rows, args.csv)
+            write_csv(rows, CSV_COLUMNS, args.csv)
         if folder is not None:
             ranked = sorted(range(len(scores.s)), key=lambda i: scores.s[i])
             overview = []

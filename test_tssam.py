@@ -6,8 +6,12 @@ import functools
 import gc
 import hashlib
 import http.server
+import json
 import math
+import os
 import re
+import signal
+import subprocess
 import sys
 import threading
 import time
@@ -1394,9 +1398,10 @@ def test_shadow_end_to_end(pairs_folder, monkeypatch, capsys):
 def test_defaults_are_the_papers(monkeypatch):
     for task, epochs in (("sod", 80), ("cod", 80), ("shadow", 100)):
         monkeypatch.setattr(sys, "argv", ["train.py", "--data", "DUTS", "--task", task])
-        args = train.parse_arguments()
+        args, _ = train.parse_arguments()
         assert (args.sam, args.size, args.epochs, args.batch_size, args.lr) == ("vit_h", 1024, epochs, 8, 8e-4)
-        assert args.sam_checkpoint is None
+        assert args.sam_checkpoint is args.csa_blocks is args.mrm_blocks is None
+        assert (args.recipe, args.accumulate, args.grad_checkpoint, args.sync_bn) == ("paper", 1, False, False)
 
 
 LOSSES = [("sod", train.bce_iou), ("cod", train.bce_iou), ("shadow", train.balanced_bce)]
@@ -1407,9 +1412,9 @@ def test_training_by_hand(pairs_folder, monkeypatch, capsys, task, loss_of):
     """Three epochs of one batch: Adam with the task's loss and a cosine, and nothing else."""
     arguments = ("--data", pairs_folder, *SMALL, "--batch-size", 4, "--epochs", 3, "--lr", "1e-2", "--workers", 0)
     order, item = [], evaluate.Pairs.__getitem__
-    monkeypatch.setattr(evaluate.Pairs, "__getitem__", lambda data, i: order.append((len(data), i)) or item(data, i))
+    monkeypatch.setattr(evaluate.Pairs, "__getitem__", lambda data, k: order.append((len(data), k)) or item(data, k))
     assert script(monkeypatch, capsys, train, "--task", task, *arguments, "--out", "run")[0] == 0
-    epochs = np.array([i for length, i in order if length == 4]).reshape(3, 4)
+    epochs = np.array([key[0] for length, key in order if length == 4 and isinstance(key, tuple)]).reshape(3, 4)
     assert (np.sort(epochs) == range(4)).all() and len({tuple(epoch) for epoch in epochs}) > 1  # shuffled anew
 
     torch.manual_seed(0)
@@ -1434,7 +1439,7 @@ def test_training_by_hand(pairs_folder, monkeypatch, capsys, task, loss_of):
 @pytest.mark.parametrize("task, name, scores", [("sod", "S", (0.5, 0.7, 0.6)), ("shadow", "BER", (30.0, 20.0, 25.0))])
 def test_best_is_the_best_epoch(pairs_folder, monkeypatch, capsys, task, name, scores):
     results = iter(scores)
-    monkeypatch.setattr(train, "evaluate", lambda *args: SimpleNamespace(results=lambda: {name: next(results)}))
+    monkeypatch.setattr(train, "validate", lambda *args: {name: next(results)})
     arguments = ("--task", task, "--data", pairs_folder, *SMALL, "--epochs", 3, "--out", "run")
     assert script(monkeypatch, capsys, train, *arguments)[0] == 0
     best, last = (torch.load(f"run/{file}.pt", weights_only=True) for file in ("best", "last"))
@@ -1453,7 +1458,7 @@ def test_training_without_validation(pairs_folder, monkeypatch, capsys):
     arguments = ("--data", pairs_folder / "train", *SMALL, "--epochs", 1, "--out", "run")
     code, out, err = script(monkeypatch, capsys, train, *arguments)
     assert code == 0 and "no best.pt" in out
-    assert [p.name for p in Path("run").iterdir()] == ["last.pt"]
+    assert sorted(p.name for p in Path("run").iterdir()) == ["args.json", "last.pt", "log.csv"]
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "run/last.pt")
     assert code == 2 and "trained without a validation set; name the data: --data" in err
     code, out, err = script(
@@ -1471,10 +1476,14 @@ def test_checkpoints_are_not_overwritten(pairs_folder, monkeypatch, capsys):
     assert script(monkeypatch, capsys, train, *arguments, "--epochs", 1)[0] == 0
     before = {p: p.read_bytes() for p in Path("run").iterdir()}
     code, out, err = script(monkeypatch, capsys, train, *arguments, "--epochs", 1)
-    assert code == 2 and err.count("\n") == 1 and "--out: run holds the checkpoints of another run" in err
+    assert code == 2 and err.count("\n") == 1 and "--out: run holds a run" in err
     # A run that blows up keeps what its earlier epochs saved, and says so in one line.
     code, out, err = script(monkeypatch, capsys, train, *arguments[:-1], "run2", "--epochs", 2, "--lr", "1e30")
-    assert code == 2 and "no longer finite in epoch" in err and "try a lower --lr than 1e+30" in err
+    assert (
+        code == 2
+        and re.search("no longer finite in epoch|the loss is (nan|inf) for", err)
+        and "try a lower --lr" in err
+    )
     for file in Path("run2").glob("*.pt"):
         assert all(t.isfinite().all() for t in torch.load(file, weights_only=True)["trained"].values())
     assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
@@ -1518,7 +1527,9 @@ def test_training_sets_are_joined(tmp_path, monkeypatch, capsys):
     (tmp_path / "COD/TestDataset/CAMO/GT/b.png").unlink()
     Image.new("L", (5, 5)).save(tmp_path / "COD/TestDataset/CAMO/GT/b.png")
     seen, item = [], evaluate.Pairs.__getitem__
-    monkeypatch.setattr(evaluate.Pairs, "__getitem__", lambda data, i: seen.append(data.pairs[i][0]) or item(data, i))
+    monkeypatch.setattr(
+        evaluate.Pairs, "__getitem__", lambda data, k: seen.append(data.pairs[k[0]][0]) or item(data, k)
+    )
     arguments = ("--data", "CAMO", "COD", *SMALL, "--epochs", 1, "--workers", 0, "--out", "run")
     code, out, err = script(monkeypatch, capsys, train, *arguments)
     assert code == 0
@@ -1855,6 +1866,413 @@ def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file
     assert {p: p.read_bytes() for p in tmp_path.rglob("*") if p.is_file()} == before
 
 
+# ---------------------------------------------------------------------------------------------------------------------
+# Runs that are stopped, shared and squeezed
+
+
+def weights_of(path: str | Path) -> dict[str, torch.Tensor]:
+    return torch.load(path, weights_only=True)["trained"]
+
+
+def same_weights(a: str | Path, b: str | Path) -> bool:
+    one, two = weights_of(a), weights_of(b)
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+# Runs train.py and kills it with SIGKILL: after so many seconds, or half-way through its n-th torch.save.
+CRASH = """
+import io, os, signal, sys, threading
+import torch, evaluate, train
+when, number = sys.argv[1].split("-")
+if when == "after":
+    threading.Timer(float(number), os.kill, (os.getpid(), signal.SIGKILL)).start()
+else:
+    save, left = torch.save, [int(number)]
+    def crash(content, file):
+        left[0] -= 1
+        if left[0]:
+            return save(content, file)
+        buffer = io.BytesIO()
+        save(content, buffer)
+        open(file, "wb").write(buffer.getvalue()[: buffer.tell() // 2])
+        os.kill(os.getpid(), signal.SIGKILL)
+    torch.save = crash
+sys.argv = ["train.py", *sys.argv[2:]]
+evaluate.run(train.main)
+"""
+
+
+def in_a_process(code: str, *arguments: object, **options) -> subprocess.CompletedProcess:
+    environment = {**os.environ, "PYTHONPATH": str(Path(tssam.__file__).parent), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, "-c", code, *map(str, arguments)]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, **options)
+
+
+def test_a_killed_run_ends_as_if_it_had_not_been(pairs_folder, monkeypatch, capsys):
+    torch.set_num_threads(1)  # as in the processes
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 6, "--lr", "1e-3", "--workers", 0)
+    assert script(monkeypatch, capsys, train, *arguments, "--out", "whole")[0] == 0
+    rng, resume = np.random.default_rng(), ()
+    moments = ["write-2", "write-2", f"after-{rng.uniform(0.3, 2):.2f}", "write-3", f"after-{rng.uniform(0, 3):.2f}"]
+    for moment in moments:
+        ended = in_a_process(CRASH, moment, *arguments, "--out", "cut", *resume)
+        assert ended.returncode in (-signal.SIGKILL, 0), ended.stderr
+        if Path("cut/last.pt").exists():
+            assert torch.load("cut/last.pt", weights_only=True)["epoch"] >= 1  # whole, whenever it was killed
+            resume = ("--resume",)
+    code, out, err = script(monkeypatch, capsys, train, "--resume", "--out", "cut", "--device", "cpu")
+    assert code == 0, err
+    for file in ("last.pt", "best.pt"):
+        assert same_weights(f"whole/{file}", f"cut/{file}")
+    whole, cut = (torch.load(f"{run}/last.pt", weights_only=True) for run in ("whole", "cut"))
+    for index, state in whole["optimizer"]["state"].items():
+        assert all(torch.equal(value, cut["optimizer"]["state"][index][name]) for name, value in state.items())
+    logs = [[*csv.DictReader(Path(run, "log.csv").read_text().splitlines())] for run in ("whole", "cut")]
+    for one, two in zip(*logs, strict=True):
+        assert all(one[name] == two[name] for name in ("epoch", "loss", "lr", "S", "E", "wF", "MAE"))
+
+
+def test_a_failed_write_leaves_the_checkpoint_before_it_whole(pairs_folder, monkeypatch, capsys):
+    saved, save = [], torch.save
+
+    def full_disk(content, file):
+        saved.append(file)
+        if len(saved) < 3:  # last.pt and best.pt of the first epoch
+            return save(content, file)
+        Path(file).write_bytes(b"half")
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(torch, "save", full_disk)
+    code, out, err = script(monkeypatch, capsys, train, "--data", pairs_folder, *SMALL, "--epochs", 3, "--out", "run")
+    assert code == 2 and "run/last.pt: cannot be written ([Errno 28] No space left on device); what was there" in err
+    assert sorted(p.name for p in Path("run").iterdir()) == [
+        "args.json",
+        "best.pt",
+        "last.pt",
+        "log.csv",
+        "samples.png",
+    ]
+    assert torch.load("run/last.pt", weights_only=True)["epoch"] == 1
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_stopped_run_says_how_to_go_on(pairs_folder, number):
+    stop = f"""
+import os, sys, evaluate, train
+Log, add = train.Log, train.Log.add
+def stop(self, row, picture):
+    add(self, row, picture)
+    if row["epoch"] == 2:
+        os.kill(os.getpid(), {int(number)})
+train.Log.add = stop
+sys.argv = ["train.py", *sys.argv[1:]]
+evaluate.run(train.main)
+"""
+    ended = in_a_process(stop, "--data", pairs_folder, *SMALL, "--epochs", 500, "--out", "run")
+    assert ended.returncode == 130
+    lines = [line for line in ended.stderr.splitlines() if not line.startswith("warning: the encoder is random")]
+    assert lines == ["train.py: stopped; `python train.py --resume --out run` goes on after epoch 2"], ended.stderr
+
+
+def test_resume_refuses_what_would_be_another_experiment(pairs_folder, monkeypatch, capsys):
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 1, "--out", "run")
+    assert script(monkeypatch, capsys, train, *arguments)[0] == 0
+    before = {p: p.read_bytes() for p in Path("run").iterdir()}
+    for changes, message in (
+        (
+            ("--lr", "1e-3", "--size", 32),
+            "another experiment than run: --size 32 (it has 64), --lr 0.001 (it has 0.0008)",
+        ),
+        (("--task", "shadow"), "--task shadow (it has sod)"),
+        (("--sam", "vit_b"), "--sam vit_b (it has tiny)"),
+        (("--batch-size", 4), "--batch-size 4 (it has 2)"),
+        (("--csa-blocks", "1-2"), "--csa-blocks [1, 2] (it has None)"),
+        (("--data", pairs_folder / "test"), "--resume: 3 training images; this run has 4"),
+        (("--out", "nowhere"), "nowhere/last.pt: no such file"),
+    ):
+        code, out, err = script(monkeypatch, capsys, train, "--resume", "--out", "run", "--device", "cpu", *changes)
+        assert code == 2 and message in err.splitlines()[-1], err
+    code, out, err = script(monkeypatch, capsys, train, *arguments)
+    assert code == 2 and "--out: run holds a run; go on with it by --resume, or name another folder" in err
+    assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
+    # The same arguments again, other workers: the same run, which is at its end.
+    code, out, err = script(monkeypatch, capsys, train, *arguments, "--resume", "--workers", 1)
+    assert code == 0 and "resume: after epoch 1, its last" in out
+
+
+def test_bad_checkpoints_are_refused(pairs_folder, tmp_path, monkeypatch, capsys):
+    sam, other = sam_file(tmp_path / "sam.pth", 64), sam_file(tmp_path / "other.pth", 64, seed=6)
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 2, "--sam-checkpoint")
+    assert script(monkeypatch, capsys, train, *arguments, sam, "--out", "run")[0] == 0
+    assert script(monkeypatch, capsys, train, *arguments, sam, "--out", "small", "--size", 32)[0] == 0
+    good, marker = Path("run/last.pt").read_bytes(), tmp_path / "ran"
+
+    class Evil:
+        def __reduce__(self):
+            return (Path.touch, (marker,))
+
+    torch.save({"args": Evil()}, "evil.pt")
+    for content, changes, message in (
+        (good[: len(good) // 2], (), "run/last.pt: not a checkpoint, or not a whole one"),
+        (b"not one", (), "run/last.pt: not a checkpoint, or not a whole one"),
+        (Path("evil.pt").read_bytes(), (), "run/last.pt: not a checkpoint, or not a whole one"),
+        (sam.read_bytes(), (), "--resume: run/last.pt is not the last.pt of a run"),
+        (Path("run/best.pt").read_bytes(), (), "--resume: run/last.pt is not the last.pt of a run"),
+        (good, ("--sam-checkpoint", other), "run/last.pt: trained on another tiny encoder than"),
+        (Path("small/last.pt").read_bytes(), ("--size", 64), "another experiment than run: --size 64 (it has 32)"),
+    ):
+        Path("run/last.pt").write_bytes(content)
+        before = {p: p.read_bytes() for p in Path("run").iterdir()}
+        code, out, err = script(monkeypatch, capsys, train, "--resume", "--out", "run", "--device", "cpu", *changes)
+        assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err, err
+        assert {p: p.read_bytes() for p in Path("run").iterdir()} == before
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize(
+    "images_, batch, accumulate, world", [(10, 4, 1, 1), (10, 4, 2, 2), (9, 4, 1, 4), (11, 8, 3, 2)]
+)
+def test_batches_deal_every_image_out_once(images_, batch, accumulate, world):
+    ranks = [train.Batches(images_, batch, accumulate, rank, world, seed=3, flip=True) for rank in range(world)]
+    seen = []
+    for epoch in (1, 2):
+        for r in ranks:
+            r.set_epoch(epoch)
+        dealt = [index for r in ranks for part in r.parts for index, _ in part.items]
+        assert len(dealt) == len(set(dealt)) == images_ - ranks[0].dropped
+        assert len({len(r.parts) for r in ranks}) == 1 and all(part.items for r in ranks for part in r.parts)
+        assert [part.items for part in ranks[0].parts] == [*ranks[0]] and len(ranks[0]) == len(ranks[0].parts)
+        step = [0.0]
+        for parts in zip(*(r.parts for r in ranks), strict=True):
+            step[-1] += sum(part.share for part in parts)
+            assert len({part.last for part in parts}) == 1
+            if parts[0].last:
+                step.append(0.0)
+        assert step[:-1] == pytest.approx([1.0] * math.ceil((images_ - ranks[0].dropped) / batch))
+        seen.append(dealt)
+    assert seen[0] != seen[1]  # another order in every epoch, and the same again
+    ranks[0].set_epoch(1)
+    assert [index for part in ranks[0].parts for index, _ in part.items] == seen[0][: len(seen[0]) // world + 1][
+        : sum(len(part.items) for part in ranks[0].parts)
+    ]
+    assert ranks[0].dropped == (images_ % batch if images_ % batch < world else 0)
+
+
+RANKS = """
+import sys, torch, torch.distributed as dist
+import evaluate, train
+validate = train.validate
+def keep(model, *others):
+    torch.save({name: p for name, p in model.named_parameters() if p.requires_grad}, f"rank{dist.get_rank()}.pt")
+    return validate(model, *others)
+train.validate = keep
+sys.argv = ["train.py", *sys.argv[1:]]
+evaluate.run(train.main)
+"""
+
+
+def average_step(halves: list[list[int]], data: evaluate.Pairs, share: float = 0.5) -> TSSAM:
+    """A model of seed 0 after one step of Adam on the average of two halves' gradients."""
+    torch.manual_seed(0)
+    model = build_tssam("tiny", 64).train()
+    trained = [p for p in model.parameters() if p.requires_grad]
+    start, gradients = copy.deepcopy(model.state_dict()), []
+    for half in halves:
+        model.load_state_dict(start)  # the statistics of the first half are the first process's
+        batch = [data[i] for i in half]
+        loss = train.bce_iou(model(torch.stack([b[0] for b in batch])), torch.stack([b[1] for b in batch]))
+        gradients.append(torch.autograd.grad(loss, trained))
+    for p, one, two in zip(trained, *gradients, strict=True):
+        p.grad = one * share + two * share
+    torch.optim.Adam(trained, 1e-2).step()
+    return model
+
+
+def test_two_processes_take_the_step_of_the_average(pairs_folder, monkeypatch, capsys):
+    Path("ranks.py").write_text(RANKS)
+    arguments = ("--data", pairs_folder, *SMALL, "--batch-size", 4, "--epochs", 1, "--lr", "1e-2", "--out", "run")
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2", "ranks.py"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(tssam.__file__).parent), "OMP_NUM_THREADS": "1"}
+    ended = subprocess.run(
+        [*command, *map(str, arguments), "--workers", "0"], env=environment, capture_output=True, text=True, timeout=300
+    )
+    assert ended.returncode == 0, ended.stderr
+    assert ended.stdout.count("epoch 1/1") == 1 and "on:    2 x cpu" in ended.stdout  # the first process alone speaks
+    one, two = (torch.load(f"rank{rank}.pt", weights_only=True) for rank in (0, 1))
+    assert one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+    data = evaluate.Pairs(evaluate.find_sets([pairs_folder], "train")[0].pairs, 64)
+    halves = [[i for i, _ in train.Batches(4, 4, 1, rank, 2, 0, False).parts[0].items] for rank in (0, 1)]
+    expected = dict(average_step(halves, data).named_parameters())
+    assert all(torch.allclose(one[name], expected[name], atol=2e-5) for name in one)
+    # Validation, shared between the two, gives the numbers of one process with the stored weights.
+    stored = torch.load("run/best.pt", weights_only=True)
+    model, _ = load_checkpoint("run/best.pt")
+    pairs = evaluate.find_sets([pairs_folder], "test")[0].pairs
+    assert evaluate.evaluate(model, pairs, "sod", "paper", 2, 0).results() == pytest.approx(stored["metrics"], rel=1e-5)
+
+
+def test_accumulated_gradients_are_the_average_of_the_halves(pairs_folder, monkeypatch, capsys):
+    arguments = ("--data", pairs_folder, *SMALL, "--batch-size", 4, "--epochs", 1, "--lr", "1e-2", "--out", "run")
+    assert script(monkeypatch, capsys, train, *arguments, "--workers", 0, "--accumulate", 2)[0] == 0
+    data = evaluate.Pairs(evaluate.find_sets([pairs_folder], "train")[0].pairs, 64)
+    halves = [[i for i, _ in part.items] for part in train.Batches(4, 4, 2, 0, 1, 0, False).parts]
+    assert [len(half) for half in halves] == [2, 2]
+    expected, stored = dict(average_step(halves, data).named_parameters()), weights_of("run/last.pt")
+    assert all(torch.allclose(stored[n], p, atol=2e-5) for n, p in expected.items() if p.requires_grad)
+
+
+@pytest.mark.parametrize("high_freq", [False, True])
+def test_grad_checkpoint_changes_nothing_but_memory(high_freq):
+    models, kept = [tiny(high_freq=high_freq), tiny(high_freq=high_freq)], []
+    models[1].grad_checkpoint = True
+    for model in models:
+        kept.append(0)
+
+        def count(tensor: torch.Tensor) -> torch.Tensor:
+            kept[-1] += tensor.numel()
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(count, lambda tensor: tensor):
+            loss = train.bce_iou(model(images()), (images(seed=1)[:, :1] > 0).float())
+        loss.backward()
+        assert "forward" not in vars(model.image_encoder.blocks[0])  # as it was
+    assert kept[1] < 0.85 * kept[0]
+    for (name, one), two in zip(models[0].named_parameters(), models[1].parameters(), strict=True):
+        assert (one.grad is None and two.grad is None) or same(two.grad, one.grad, 1e-6), name
+    for (name, one), two in zip(models[0].named_buffers(), models[1].buffers(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_bf16_losses_stay_with_fp32(tmp_path):
+    train.draw_demo(tmp_path)
+    data = evaluate.Pairs(evaluate.find_sets([tmp_path], "train")[0].pairs, 96)
+    losses = {}
+    for precision in ("fp32", "bf16"):
+        args = SimpleNamespace(precision=precision, device=torch.device("cpu"))
+        torch.manual_seed(0)
+        model = build_tssam("tiny", 96).train()
+        optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], 2e-3)
+        losses[precision] = []
+        for part in train.Batches(80, 4, 1, 0, 1, 0, False).parts:
+            x, masks = (torch.stack(t) for t in zip(*(data[item] for item in part.items), strict=True))
+            with train.autocast(args):
+                logits = model(x)
+            assert logits.dtype == (torch.float32 if precision == "fp32" else torch.bfloat16)
+            loss = train.bce_iou(logits, masks)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            losses[precision].append(loss.item())
+    assert len(losses["fp32"]) == 20 and losses["fp32"] != losses["bf16"]
+    assert losses["bf16"] == pytest.approx(losses["fp32"], rel=0.02)
+
+
+def test_bf16_runs_from_end_to_end(pairs_folder, monkeypatch, capsys):
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 1, "--precision", "bf16", "--grad-checkpoint")
+    for task in ("sod", "shadow"):
+        code, out, err = script(monkeypatch, capsys, train, *arguments, "--task", task, "--out", task)
+        assert code == 0 and "on:    cpu, bf16" in out
+        assert all(t.dtype in (torch.float32, torch.int64) for t in weights_of(f"{task}/last.pt").values())
+
+
+@pytest.mark.parametrize("recipe, optimizer", [("paper", "Adam"), ("released", "AdamW")])
+def test_recipes(pairs_folder, monkeypatch, capsys, recipe, optimizer):
+    used, flipped = [], []
+    for name in ("Adam", "AdamW"):
+        made = getattr(torch.optim, name)
+        monkeypatch.setattr(
+            torch.optim, name, lambda *a, made=made, name=name, **k: used.append((name, k)) or made(*a, **k)
+        )
+    item = evaluate.Pairs.__getitem__
+    monkeypatch.setattr(evaluate.Pairs, "__getitem__", lambda data, key: flipped.append(key[1]) or item(data, key))
+    arguments = ("--data", pairs_folder / "train", *SMALL, "--epochs", 6, "--workers", 0, "--recipe", recipe)
+    assert script(monkeypatch, capsys, train, *arguments)[0] == 0
+    assert used == [(optimizer, {"weight_decay": 0.01} if recipe == "released" else {})]
+    assert len(flipped) == 24 and (0 < sum(flipped) < 24 if recipe == "released" else not any(flipped))
+
+
+def test_mirrored_items(pairs_folder):
+    data = evaluate.Pairs(evaluate.find_sets([pairs_folder], "train")[0].pairs, 64)
+    for plain, mirrored in zip(data[0], data[0, True], strict=True):
+        assert torch.equal(plain.flip(-1), mirrored) and not torch.equal(plain, mirrored)
+
+
+def test_chosen_blocks(pairs_folder, monkeypatch, capsys):
+    arguments = (
+        "--data",
+        pairs_folder / "train",
+        *SMALL,
+        "--epochs",
+        1,
+        "--csa-blocks",
+        "1-3",
+        "--mrm-blocks",
+        "0,2-3",
+    )
+    assert script(monkeypatch, capsys, train, *arguments, "--out", "run")[0] == 0
+    model, _ = load_checkpoint("run/last.pt")
+    assert (model.config["csa_blocks"], model.config["mrm_blocks"]) == ([1, 2, 3], [0, 2, 3])
+    for text, message in (
+        ("a-b", "'a-b' names no blocks; write them as 2-11 or 0,3,5-7"),
+        ("2-9", "csa_blocks: [2, 3, 4"),
+    ):
+        code, out, err = script(monkeypatch, capsys, train, *arguments[:-4], "--csa-blocks", text)
+        assert code == 2 and message in err
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(pairs_folder, monkeypatch, capsys):
+    losses, loss_of = [], train.bce_iou
+    monkeypatch.setattr(
+        train, "bce_iou", lambda *a: losses.append(0) or loss_of(*a) * (math.nan if len(losses) == 4 else 1)
+    )
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 3, "--workers", 0, "--out", "run")
+    code, out, err = script(monkeypatch, capsys, train, *arguments)
+    files = [str(pairs_folder / f"train/Imgs/{x}.jpg") for x in "abcd"]
+    line = err.splitlines()[-1]
+    assert code == 2 and "epoch 2, step 2: the loss is nan for" in line and sum(f in line for f in files) == 2
+    assert "run/last.pt holds epoch 1" in line and torch.load("run/last.pt", weights_only=True)["epoch"] == 1
+
+
+def test_what_a_run_leaves_to_look_at(pairs_folder, monkeypatch, capsys):
+    board: list = []
+
+    class SummaryWriter:
+        def __init__(self, folder, purge_step):
+            board.append(("open", folder, purge_step))
+
+        def add_scalar(self, name, value, step):
+            board.append((name, float(value), step))
+
+        def add_image(self, name, image, step, dataformats):
+            board.append((name, image.shape[-1], step))
+
+        def flush(self):
+            pass
+
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 2)
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", None)  # as where it is not installed
+    assert script(monkeypatch, capsys, train, *arguments, "--out", "run")[0] == 0
+    assert sorted(p.name for p in Path("run").iterdir()) == [
+        "args.json",
+        "best.pt",
+        "last.pt",
+        "log.csv",
+        "samples.png",
+    ]
+    kept = json.loads(Path("run/args.json").read_text())
+    assert (kept["size"], kept["lr"], kept["data"], kept["precision"]) == (64, 8e-4, [str(pairs_folder)], "fp32")
+    rows = [*csv.DictReader(Path("run/log.csv").read_text().splitlines())]
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+    assert [*rows[0]] == ["epoch", "loss", "lr", "images_per_s", "peak_MB", "seconds", "S", "E", "wF", "MAE"]
+    assert float(rows[1]["S"]) == pytest.approx(torch.load("run/best.pt", weights_only=True)["metrics"]["S"], abs=0.1)
+    with Image.open("run/samples.png") as picture:
+        assert picture.height == 16 + 3 * (16 + 160 + 6)  # the validation set's three images
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", SimpleNamespace(SummaryWriter=SummaryWriter))
+    assert script(monkeypatch, capsys, train, *arguments, "--out", "run2")[0] == 0
+    assert board[0] == ("open", "run2", 1)
+    assert {entry[0] for entry in board[1:]} == {*rows[0], "samples"} and ("samples", 3, 2) in board
+
+
 def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
     def main():
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate ...")
@@ -1864,7 +2282,9 @@ def test_too_little_gpu_memory_is_one_line(monkeypatch, capsys):
         evaluate.run(main)
     assert stop.value.code == 2
     err = capsys.readouterr().err
-    assert err.startswith("train.py: error: the GPU has too little memory for this; lower --batch-size")
+    assert err.startswith(
+        "train.py: error: the GPU has too little memory for this; try --grad-checkpoint, --accumulate"
+    )
     assert err.count("\n") == 1
 
 

@@ -8,21 +8,34 @@
 The defaults are the paper's values: Adam, learning rate 8e-4 falling along a cosine, a batch of 8, 80 epochs (shadows
 100), no augmentation but the resize (to 1024 x 1024, as in the released code). After every epoch the model is scored on
 the validation set; `last.pt` and `best.pt` (best S-measure, for shadows best BER) appear under --out, for
-`evaluate.py --ckpt`.
+`evaluate.py --ckpt`. A run that was stopped goes on with --resume; `torchrun --nproc_per_node 4 train.py ...` shares it
+among four GPUs.
 """
 
 import argparse
+import csv
+import json
 import math
+import os
+import re
+import signal
 import sys
+import tempfile
 import time
+from contextlib import nullcontext, suppress
+from dataclasses import dataclass
+from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
 
 import numpy as np
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader, Sampler
 
 from evaluate import (
     Pairs,
@@ -32,15 +45,31 @@ from evaluate import (
     check_sizes,
     evaluate,
     find_sets,
-    loader,
     make_folder,
     progress,
     run,
     save_overview,
     search,
     show,
+    write_csv,
 )
-from tssam import ENCODERS, InputError, build_tssam, fingerprint, sam_weights, save_checkpoint
+from tssam import (
+    ENCODERS,
+    TSSAM,
+    InputError,
+    build_tssam,
+    fingerprint,
+    load_checkpoint,
+    load_file,
+    sam_weights,
+    save_checkpoint,
+    write,
+)
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses (source: paper; their form from the release), in float32 whatever the logits are
@@ -127,6 +156,55 @@ def draw_demo(root: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# The order of images
+
+
+@dataclass(frozen=True)
+class Part:
+    """What one process takes through the network at once: (index, flipped) of its images, the share of the whole batch
+    they are, and whether the batch's step follows."""
+
+    items: list[tuple[int, bool]]
+    share: float
+    last: bool
+
+
+class Batches(Sampler):
+    """The batches of an epoch for one of `world` processes, each cut into at most `accumulate` parts.
+
+    The order (and, with `flip`, which images are mirrored) follows from seed and epoch alone. A batch is dealt out to
+    the processes image by image, so that none is seen twice or left out; only a last one that is smaller than `world`
+    is dropped (`dropped` says how many images that is).
+    """
+
+    def __init__(
+        self, images: int, batch_size: int, accumulate: int, rank: int, world: int, seed: int, flip: bool
+    ) -> None:
+        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
+        self.rank, self.world, self.seed, self.flip = rank, world, seed, flip
+        self.dropped = images % batch_size if images % batch_size < world else 0
+        self.set_epoch(1)
+
+    def set_epoch(self, epoch: int) -> None:
+        rng = np.random.default_rng((self.seed, epoch))
+        order = rng.permutation(self.images)
+        flipped = rng.random(self.images) < (0.5 if self.flip else 0)
+        self.parts: list[Part] = []
+        for start in range(0, self.images - self.dropped, self.batch_size):
+            batch = order[start : start + self.batch_size]
+            count = min(self.accumulate, len(batch) // self.world)  # the same in every process
+            for i, part in enumerate(np.array_split(batch[self.rank :: self.world], count), start=1):
+                items = [(int(index), bool(flipped[index])) for index in part]
+                self.parts.append(Part(items, len(part) / len(batch), i == count))
+
+    def __iter__(self):
+        return iter(part.items for part in self.parts)
+
+    def __len__(self) -> int:
+        return len(self.parts)
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # The script
 
 
@@ -139,6 +217,15 @@ def free_folder(path: Path) -> Path:
 # Enough for a few shapes, two CPU cores and about a minute; what is given on the command line still counts.
 DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "batch_size": 4, "lr": 2e-3}
 
+# With another value of one of these, a resumed run would be another experiment.
+EXPERIMENT = (
+    *("task", "sam", "size", "epochs", "batch_size", "accumulate", "lr", "recipe", "precision", "seed"),
+    *("csa_blocks", "mrm_blocks", "sync_bn"),
+)
+MACHINE = ("workers", "device", "resume", "out")  # what a resumed run takes anew
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+SAMPLES = 4  # images in samples.png
+
 
 def positive(text: str) -> float:
     """An argument that is a finite number above zero."""
@@ -147,8 +234,27 @@ def positive(text: str) -> float:
     return float(text)
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line, and for what it leaves out the paper's values (with --demo: the demo's).
+def blocks(text: str) -> list[int]:
+    """An argument that names encoder blocks, counted from 0: `2-11`, or `0,3,5-7`."""
+    chosen: set[int] = set()
+    for part in text.split(","):
+        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
+        if match is None:
+            raise argparse.ArgumentTypeError(f"{text!r} names no blocks; write them as 2-11 or 0,3,5-7")
+        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+    return sorted(chosen)
+
+
+def plain(value: object) -> object:
+    """An argument's value as files can hold it."""
+    if isinstance(value, list):
+        return [plain(v) for v in value]
+    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+
+
+def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
+    """The command line, and for what it leaves out the paper's values (with --demo: the demo's; with --resume: the
+    run's). With --resume also the content of the run's last.pt, else None.
 
     Raises:
         InputError: arguments that do not go together.
@@ -175,15 +281,58 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--size", type=at_least(32, 16), default=1024, help="image side (default 1024)")
     parser.add_argument("--epochs", type=at_least(1), help="(default 80; shadow 100)")
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step (default 8)")
+    parser.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step, over all GPUs (default 8)")
     parser.add_argument("--lr", type=positive, default=8e-4, help="first learning rate (default 8e-4)")
+    parser.add_argument(
+        "--recipe",
+        choices=("paper", "released"),
+        default="paper",
+        help="released: AdamW with weight decay 0.01 and horizontal flips, as in the authors' code (default paper)",
+    )
+    parser.add_argument("--csa-blocks", type=blocks, help="encoder blocks with a CSA, such as 2-11 (default: all)")
+    parser.add_argument("--mrm-blocks", type=blocks, help="encoder blocks with an MRM (default: the last 12)")
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the run (default runs/<task>-<sam>, or -2, -3, ...)"
     )
+    parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (default 0)")
     parser.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
+    parser.add_argument(
+        "--accumulate",
+        type=at_least(1),
+        default=1,
+        help="take a batch in so many parts, one after the other (default 1)",
+    )
+    parser.add_argument(
+        "--grad-checkpoint", action="store_true", help="compute the encoder's blocks again in backward: less memory"
+    )
+    parser.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        help="of the network; losses, FFT and metrics are fp32 (default bf16 on a GPU that has it, else fp32)",
+    )
+    parser.add_argument("--sync-bn", action="store_true", help="batch norm over all GPUs' images, not each GPU's own")
     add_machine_arguments(parser)
-    args = parser.parse_args()
+    args, stored = parser.parse_args(), None
+    if args.resume:
+        if args.out is None:
+            args.out = Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
+        stored = load_file(args.out / "last.pt")
+        if not {"args", "optimizer", "epoch"} <= stored.keys():
+            raise InputError(f"--resume: {args.out / 'last.pt'} is not the last.pt of a run")
+        folders = {"data": args.data, "val": args.val, "out": args.out}  # which may have moved
+        parser.set_defaults(**{n: v for n, v in stored["args"].items() if n not in MACHINE and n not in folders})
+        args = parser.parse_args()
+        changed = [name for name in EXPERIMENT if plain(getattr(args, name)) != stored["args"][name]]
+        if changed:
+            names = ", ".join(
+                f"--{n.replace('_', '-')} {getattr(args, n)} (it has {stored['args'][n]})" for n in changed
+            )
+            raise InputError(f"--resume: that would be another experiment than {folders['out']}: {names}")
+        for name, value in folders.items():
+            kept = stored["args"][name]
+            setattr(args, name, value or (kept and [Path(folder) for folder in kept]))
+        return args, stored
     if args.demo:
         if args.data or args.val:
             raise InputError("--demo draws its own data set; leave out --data and --val")
@@ -193,23 +342,145 @@ def parse_arguments() -> argparse.Namespace:
         raise InputError("--data: name the data set to train on, or try --demo")
     if args.epochs is None:
         args.epochs = 100 if args.task == "shadow" else 80
-    return args
+    if args.precision is None:
+        args.precision = "bf16" if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+    return args, None
+
+
+def join_processes(device: torch.device) -> tuple[int, int]:
+    """(this process's number, how many there are): as torchrun started them, else (0, 1)."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return 0, 1
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    return dist.get_rank(), dist.get_world_size()
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's (Windows: nan)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def validate(model: TSSAM, pairs: list, args: argparse.Namespace, rank: int, world: int) -> dict[str, float]:
+    """The metrics over all `pairs`, of which each process scores its share with the weights of the first."""
+    if world > 1:
+        for buffer in model.buffers():  # the batch norms' statistics, which are each process's own
+            dist.broadcast(buffer, 0)
+    with autocast(args):
+        scores = evaluate(model, pairs[rank::world], args.task, "paper", args.batch_size, args.workers)
+    if world > 1:
+        shares: list = [None] * world
+        dist.all_gather_object(shares, scores)
+        scores = shares[0]
+        for share in shares[1:]:
+            scores.join(share)
+    return scores.results()
+
+
+def autocast(args: argparse.Namespace) -> torch.autocast:
+    dtype = PRECISIONS[args.precision]
+    return torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32)
+
+
+def wait_for_all(world: int) -> None:
+    if world > 1:
+        dist.barrier()
+
+
+def score_of(metrics: dict[str, float]) -> float:
+    """What the best epoch has most of: S-measure, or for shadows the least BER."""
+    return -metrics["BER"] if "BER" in metrics else metrics["S"]
+
+
+def draw_samples(model: TSSAM, pairs: list, args: argparse.Namespace, path: Path) -> None:
+    """Draw the model's predictions of a few images beside their masks."""
+    with tempfile.TemporaryDirectory() as folder, autocast(args):
+        evaluate(model, pairs, args.task, "paper", args.batch_size, 0, Path(folder))
+        save_overview([(i.stem, i, m, Path(folder) / f"{i.stem}.png") for i, m in pairs], path)
+
+
+class Log:
+    """`log.csv` under the run's folder, a row an epoch; where the tensorboard package is installed, its files too."""
+
+    def __init__(self, folder: Path, done: int, rank: int) -> None:
+        """Go on with the log that is there, from the epoch after `done`; only the first process writes."""
+        self.file, self.rows, self.board = folder / "log.csv", [], None
+        if self.file.exists():
+            with self.file.open(newline="") as file:
+                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= done]
+        if rank == 0:
+            with suppress(ImportError):
+                from torch.utils.tensorboard import SummaryWriter
+
+                self.board = SummaryWriter(str(folder), purge_step=len(self.rows) + 1)
+
+    def add(self, row: dict, picture: Path | None) -> None:
+        self.rows.append(row)
+        write_csv(self.rows, tuple(row), self.file)
+        if self.board is not None:
+            for name, value in row.items():
+                self.board.add_scalar(name, value, row["epoch"])
+            if picture is not None:
+                with Image.open(picture) as image:
+                    self.board.add_image("samples", np.array(image), row["epoch"], dataformats="HWC")
+            self.board.flush()
 
 
 def main() -> None:
-    args = parse_arguments()
+    args, stored = parse_arguments()
+    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as with Ctrl-C
+    rank, world = join_processes(args.device)
+    try:
+        train(args, stored, rank, world)
+    except KeyboardInterrupt:
+        last = args.out / "last.pt" if args.out is not None else None
+        how = "no epoch was finished"
+        if last is not None and last.exists():
+            how = f"`python train.py --resume --out {args.out}` goes on after epoch {load_file(last)['epoch']}"
+        raise KeyboardInterrupt(f"stopped; {how}") from None
+    finally:
+        if world > 1:
+            dist.destroy_process_group()
+
+
+def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) -> None:
+    """The whole run in one of `world` processes; `stored` is the content of the last.pt it goes on from."""
+
+    def say(*text: object, **options) -> None:
+        if rank == 0:
+            print(*text, **options, flush=True)
+
+    # The run's folder, which the first process chooses
     if args.out is None:
         args.out = free_folder(Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}"))
+    if world > 1:
+        chosen = [args.out]
+        dist.broadcast_object_list(chosen)
+        args.out = chosen[0]
     if args.out.exists() and not args.out.is_dir():
         raise InputError(f"--out: {args.out} is a file; name a folder")
-    if any((args.out / name).exists() for name in ("last.pt", "best.pt")):
-        raise InputError(f"--out: {args.out} holds the checkpoints of another run; name another folder")
+    last, best = args.out / "last.pt", args.out / "best.pt"
+    if stored is None and (last.exists() or best.exists()):
+        raise InputError(f"--out: {args.out} holds a run; go on with it by --resume, or name another folder")
+    if args.batch_size < world * args.accumulate:
+        raise InputError(
+            f"--batch-size: {args.batch_size} is less than {world} processes x --accumulate {args.accumulate}"
+        )
+    if args.sync_bn and args.device.type != "cuda":
+        raise InputError("--sync-bn: works on GPUs only")
 
     # Data
-    if args.demo:
-        make_folder(args.out, "--out")
+    if args.demo and stored is None:
         args.data = [args.out / "DUTS"]
-        draw_demo(args.data[0])
+        if rank == 0:
+            make_folder(args.out, "--out")
+            draw_demo(args.data[0])
+        wait_for_all(world)
     train_sets = find_sets(args.data, "train")
     if args.val:
         val_sets = find_sets(args.val, "test")
@@ -220,85 +491,181 @@ def main() -> None:
         if s.pairs[0][1] is None:
             raise InputError(f"{s.folder}: no folder of masks, which validation needs")
     for s in train_sets:
-        print(f"train: {s}")
+        say(f"train: {s}")
     for s in val_sets or ["none, so there will be no best.pt"]:
-        print(f"val:   {s}")
-    if {s.folder.resolve() for s in train_sets} & {s.folder.resolve() for s in val_sets}:
+        say(f"val:   {s}")
+    if rank == 0 and {s.folder.resolve() for s in train_sets} & {s.folder.resolve() for s in val_sets}:
         print("warning: validation is on images of the training set", file=sys.stderr)
     train_set = Pairs([pair for s in train_sets for pair in s.pairs], args.size)
     val_pairs = [pair for s in val_sets for pair in s.pairs]
-    check_sizes(train_set.pairs + val_pairs)
+    if rank == 0:
+        check_sizes(train_set.pairs + val_pairs)
+    if stored is not None and len(train_set) != stored["images"]:
+        raise InputError(f"--resume: {len(train_set)} training images; this run has {stored['images']}")
 
     # Model. The encoder's random weights are the first that are drawn from the seed: load_checkpoint draws them again.
-    if args.sam_checkpoint == "random":
+    if args.sam_checkpoint == "random" and rank == 0:
         print("warning: the encoder is random, not SAM's: results say nothing about TS-SAM", file=sys.stderr)
-        weights = None
-    else:
+    weights = None
+    if args.sam_checkpoint != "random":
+        if rank == 0:  # which downloads them, if need be
+            args.sam_checkpoint = args.sam_checkpoint or str(sam_weights(args.sam))
+        wait_for_all(world)
         weights = args.sam_checkpoint or sam_weights(args.sam)
-    torch.manual_seed(args.seed)
-    model = build_tssam(args.sam, args.size, high_freq=args.task == "shadow", sam_checkpoint=weights)
+    if stored is not None:
+        model, _ = load_checkpoint(last, weights)
+    else:
+        torch.manual_seed(args.seed)
+        high_freq = args.task == "shadow"
+        model = build_tssam(args.sam, args.size, high_freq, weights, args.csa_blocks, args.mrm_blocks)
     checkpoint_info = dict(
         task=args.task,
         encoder=fingerprint(model),
         encoder_seed=args.seed if weights is None else None,
         sam_checkpoint=str(Path(weights).resolve()) if weights else None,
         val=[str(s.folder.resolve()) for s in val_sets],
-        args={name: [*map(str, v)] if isinstance(v, list) else str(v) for name, v in vars(args).items()},
+        args={name: plain(value) for name, value in vars(args).items()},
+        images=len(train_set),
     )
+    model.grad_checkpoint = args.grad_checkpoint
     model.to(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     own, total = (sum(p.numel() for p in group) for group in (trained, model.parameters()))
-    print(f"model: {args.sam} at {args.size} x {args.size} on {args.device}, {own:,} of {total:,} parameters trained")
-    print(f"out:   {args.out}", flush=True)
+    processes = f"{world} x " if world > 1 else ""
+    say(f"model: {args.sam} at {args.size} x {args.size}, {own:,} of {total:,} parameters trained")
+    say(f"on:    {processes}{args.device}, {args.precision}; batches of {args.batch_size}")
+    say(f"out:   {args.out}")
+    net: nn.Module = model
+    if args.sync_bn:
+        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
+    if world > 1:  # averages the processes' gradients, once a step
+        net = DistributedDataParallel(net, device_ids=[args.device] if args.device.type == "cuda" else None)
 
     loss_of = balanced_bce if args.task == "shadow" else bce_iou
-    optimizer = torch.optim.Adam(trained, lr=args.lr)
+    released = args.recipe == "released"
+    optimizer = (
+        torch.optim.AdamW(trained, args.lr, weight_decay=0.01) if released else torch.optim.Adam(trained, args.lr)
+    )
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs, eta_min=1e-7)
-    # The last batch of an epoch may be smaller: every image is seen once.
-    batches = loader(train_set, args.batch_size, args.workers, shuffle=True, persistent_workers=args.workers > 0)
-    make_folder(args.out, "--out")
-    best = -math.inf
+    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
+    batches = Batches(len(train_set), args.batch_size, args.accumulate, rank, world, args.seed, flip=released)
+    if batches.dropped:
+        say(f"note:  {batches.dropped} images of each epoch's order are left out, too few for {world} processes")
+    loader = DataLoader(
+        train_set,
+        batch_sampler=batches,
+        num_workers=args.workers,
+        pin_memory=args.device.type == "cuda",
+        persistent_workers=args.workers > 0,
+    )
+    done, best_score = 0, -math.inf
+    if stored is not None:
+        done = stored["epoch"]
+        optimizer.load_state_dict(stored["optimizer"])
+        schedule.load_state_dict(stored["schedule"])
+        scaler.load_state_dict(stored["scaler"])
+        torch.set_rng_state(stored["random_state"])
+        if best.exists():
+            best_score = score_of(load_file(best)["metrics"])
+    if rank == 0:
+        make_folder(args.out, "--out")
+        write(args.out / "args.json", lambda file: file.write_text(json.dumps(checkpoint_info["args"], indent=1)))
+    wait_for_all(world)
+    log = Log(args.out, done, rank)
 
-    for epoch in range(1, args.epochs + 1):
-        model.train()
-        total_loss, lr, start = 0.0, optimizer.param_groups[0]["lr"], time.monotonic()
+    def finish_epoch(row: dict) -> None:
+        """What follows an epoch's last.pt: validation, best.pt, samples.png, and the epoch's row in log.csv."""
+        nonlocal best_score
+        epoch, better = row["epoch"], ""
+        if val_sets:
+            metrics = validate(model, val_pairs, args, rank, world)
+            row = row | metrics
+            if score_of(metrics) > best_score:
+                best_score, better = score_of(metrics), "  best"
+                if rank == 0:
+                    save_checkpoint(best, model, metrics=metrics, epoch=epoch, **checkpoint_info)
+        if rank == 0:
+            picture = args.out / "samples.png" if val_sets else None
+            if picture is not None:
+                draw_samples(model, val_pairs[:SAMPLES], args, picture)
+            log.add(row, picture)
+        scores = f"  {show(metrics)}{better}" if val_sets else ""
+        left = timedelta(seconds=round((args.epochs - epoch) * row["seconds"]))
+        say(
+            f"epoch {epoch}/{args.epochs}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
+            f"  {row['images_per_s']:.2f} images/s  {row['peak_MB']:.0f} MB{scores}  {left} left"
+        )
+
+    if stored is not None:
+        say(f"resume: after epoch {done}" + (", its last" if done == args.epochs else ""))
+        if len(log.rows) < done:  # stopped between last.pt and the end of its validation
+            finish_epoch(stored["row"])
+
+    for epoch in range(done + 1, args.epochs + 1):
+        net.train()
+        batches.set_epoch(epoch)
+        seen, lr, start = torch.zeros(2, dtype=torch.float64), optimizer.param_groups[0]["lr"], time.monotonic()
         with progress(len(train_set), f"epoch {epoch}/{args.epochs}") as bar:
-            for images, masks in batches:
+            bar.disable = bar.disable or rank > 0
+            for part, (images, masks) in zip(batches.parts, loader, strict=True):
                 images, masks = (t.to(args.device, non_blocking=True) for t in (images, masks))
-                loss = loss_of(model(images), masks)
-                optimizer.zero_grad(set_to_none=True)
-                loss.backward()
-                optimizer.step()
-                total_loss += loss.item() * len(images)
-                bar.update(len(images))
-                bar.set_postfix(loss=f"{loss.item():.4f}")
-        speed = len(train_set) / (time.monotonic() - start)
+                with nullcontext() if part.last or world == 1 else net.no_sync():
+                    with autocast(args):
+                        logits = net(images)
+                    loss = loss_of(logits, masks)
+                    # Each part counts by its share of the batch; the gradients of processes are averaged, not summed.
+                    scaler.scale(loss * part.share * world).backward()
+                if not math.isfinite(loss.item()):
+                    files = ", ".join(str(train_set.pairs[index][0]) for index, _ in part.items)
+                    good = f"{last} holds epoch {epoch - 1}" if last.exists() else "no epoch was finished"
+                    step = 1 + sum(p.last for p in batches.parts[: batches.parts.index(part)])
+                    raise InputError(
+                        f"epoch {epoch}, step {step}: the loss is {loss.item()} for {files}; {good}; try a lower --lr"
+                    )
+                if part.last:
+                    scaler.step(optimizer)
+                    scaler.update()
+                    optimizer.zero_grad(set_to_none=True)
+                seen += torch.tensor([loss.item() * len(images), len(images)])
+                bar.update(len(images) * world)
+                bar.set_postfix(loss=f"{loss.item():.4f}", MB=f"{peak_memory(args.device):.0f}")
+        seconds = time.monotonic() - start
+        if world > 1:
+            seen = seen.to(args.device)
+            dist.all_reduce(seen)
         schedule.step()
         if not all(p.isfinite().all() for p in trained):  # an earlier epoch's checkpoint stays
             raise InputError(f"the weights are no longer finite in epoch {epoch}; try a lower --lr than {args.lr:g}")
+        row = dict(
+            epoch=epoch,
+            loss=(seen[0] / seen[1]).item(),
+            lr=lr,
+            images_per_s=seen[1].item() / seconds,
+            peak_MB=peak_memory(args.device),
+            seconds=seconds,
+        )
+        if rank == 0:
+            save_checkpoint(  # before anything in validation can fail
+                last,
+                model,
+                epoch=epoch,
+                row=row,
+                optimizer=optimizer.state_dict(),
+                schedule=schedule.state_dict(),
+                scaler=scaler.state_dict(),
+                random_state=torch.get_rng_state(),
+                **checkpoint_info,
+            )
+        finish_epoch(row)
 
-        checkpoint_info["epoch"] = epoch
-        save_checkpoint(args.out / "last.pt", model, **checkpoint_info)  # before anything in validation can fail
-
-        line = f"epoch {epoch}/{args.epochs}  loss {total_loss / len(train_set):.4f}  lr {lr:.2e}  {speed:.2f} images/s"
-        if val_sets:
-            metrics = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers).results()
-            line += f"  {show(metrics)}"
-            score = -metrics["BER"] if args.task == "shadow" else metrics["S"]
-            if score > best:
-                best = score
-                line += "  best"
-                save_checkpoint(args.out / "best.pt", model, metrics=metrics, **checkpoint_info)
-        print(line, flush=True)
-
-    if args.demo:
+    if args.demo and rank == 0:
         masks = args.out / "masks"
         masks.mkdir(exist_ok=True)
         metrics = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers, masks).results()
         shown = [(image.stem, image, mask, masks / f"{image.stem}.png") for image, mask in val_pairs[:6]]
         save_overview(shown, args.out / "demo.png")
-        print(f"demo:  {show(metrics)} on {len(val_pairs)} unseen images; masks in {masks}")
-        print(f"demo:  {args.out / 'demo.png'} shows image | ground truth | prediction")
+        say(f"demo:  {show(metrics)} on {len(val_pairs)} unseen images; masks in {masks}")
+        say(f"demo:  {args.out / 'demo.png'} shows image | ground truth | prediction")
 
 
 if __name__ == "__main__":

@@ -31,8 +31,8 @@ import http.client
 import inspect
 import os
 import re
-from collections.abc import Callable, Iterable, Mapping
-from contextlib import ExitStack, suppress
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
 
@@ -40,6 +40,7 @@ import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 PATCH = 16  # pixels on a side of the encoder's patches
 
@@ -227,6 +228,19 @@ def high_pass(images: Tensor) -> Tensor:
         return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs()
 
 
+@contextmanager
+def recomputed(block: nn.Module) -> Iterator[None]:
+    """Within it an encoder block keeps nothing for backward, which computes it a second time (less memory, more time).
+
+    The block alone: the hooks around it, and so the batch norms' statistics, run once.
+    """
+    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
+    try:
+        yield
+    finally:
+        del block.forward  # the instance's; the class's is back
+
+
 class TSSAM(nn.Module):
     """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams beside it, the FFD behind them.
 
@@ -244,6 +258,8 @@ class TSSAM(nn.Module):
         csa_blocks: encoder blocks that get a CSA; None: all. The patches and the neck always have theirs.
         mrm_blocks: encoder blocks that feed an MRM; None: the last 12. The neck always does.
 
+    Set `grad_checkpoint` to train in less memory: the encoder's blocks are computed again in backward.
+
     Raises:
         InputError: an unknown `sam`, an `image_size` or a block that the encoder cannot have.
     """
@@ -257,6 +273,7 @@ class TSSAM(nn.Module):
         mrm_blocks: Iterable[int] | None = None,
     ) -> None:
         super().__init__()
+        self.grad_checkpoint = False
         if sam not in ENCODERS:
             raise InputError(f"sam: no encoder is called {sam!r}; there are {', '.join(ENCODERS)}")
         if image_size <= 0 or image_size % PATCH:
@@ -356,6 +373,8 @@ class TSSAM(nn.Module):
             taps.enter_context(encoder.blocks[0].register_forward_pre_hook(tap_first_input))
             for i, block in enumerate(encoder.blocks):
                 taps.enter_context(block.register_forward_hook(partial(tap_block, i)))
+                if self.grad_checkpoint and torch.is_grad_enabled():
+                    taps.enter_context(recomputed(block))
             taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
             encoder(images)
 
