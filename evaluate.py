@@ -750,7 +750,8 @@ def usable_device(text: str) -> torch.device:
 
 def add_machine_arguments(parser: Parser) -> None:
     """The arguments train.py and evaluate.py share: how many workers and which device; they change no number."""
-    default, cores = "cuda" if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
+    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has its own
+    default, cores = gpu if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
     parser.add_argument(
         "--workers",
         type=at_least(0),

@@ -1986,6 +1986,7 @@ def test_resume_refuses_what_would_be_another_experiment(pairs_folder, monkeypat
         (("--task", "shadow"), "--task shadow (it has sod)"),
         (("--sam", "vit_b"), "--sam vit_b (it has tiny)"),
         (("--batch-size", 4), "--batch-size 4 (it has 2)"),
+        (("--sam-checkpoint", "sam.pth"), "--sam-checkpoint sam.pth (it has random)"),
         (("--csa-blocks", "1-2"), "--csa-blocks [1, 2] (it has None)"),
         (("--data", pairs_folder / "test"), "--resume: 3 training images; this run has 4"),
         (("--out", "nowhere"), "nowhere/last.pt: no such file"),

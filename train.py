@@ -324,6 +324,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         parser.set_defaults(**{n: v for n, v in stored["args"].items() if n not in MACHINE and n not in folders})
         args = parser.parse_args()
         changed = [name for name in EXPERIMENT if plain(getattr(args, name)) != stored["args"][name]]
+        if (args.sam_checkpoint == "random") != (stored["encoder_seed"] is not None):
+            changed.append("sam_checkpoint")
         if changed:
             names = ", ".join(
                 f"--{n.replace('_', '-')} {getattr(args, n)} (it has {stored['args'][n]})" for n in changed
@@ -434,6 +436,8 @@ class Log:
 def main() -> None:
     args, stored = parse_arguments()
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as with Ctrl-C
+    if args.device.type == "cuda" and "LOCAL_RANK" in os.environ:
+        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
     rank, world = join_processes(args.device)
     try:
         train(args, stored, rank, world)
