@@ -2067,6 +2067,12 @@ def keep(model, *others):
     torch.save({name: p for name, p in model.named_parameters() if p.requires_grad}, f"rank{dist.get_rank()}.pt")
     return validate(model, *others)
 train.validate = keep
+score = train.evaluate
+def share(model, pairs, *others):
+    with open(f"share{dist.get_rank()}", "a") as file:
+        print(len(pairs), file=file)
+    return score(model, pairs, *others)
+train.evaluate = share
 sys.argv = ["train.py", *sys.argv[1:]]
 evaluate.run(train.main)
 """
@@ -2105,6 +2111,7 @@ def test_two_processes_take_the_step_of_the_average(pairs_folder, monkeypatch, c
     halves = [[i for i, _ in train.Batches(4, 4, 1, rank, 2, 0, False).parts[0].items] for rank in (0, 1)]
     expected = dict(average_step(halves, data).named_parameters())
     assert all(torch.allclose(one[name], expected[name], atol=2e-5) for name in one)
+    assert [Path(f"share{rank}").read_text().split()[0] for rank in (0, 1)] == ["2", "1"]
     # Validation, shared between the two, gives the numbers of one process with the stored weights.
     stored = torch.load("run/best.pt", weights_only=True)
     model, _ = load_checkpoint("run/best.pt")
@@ -2169,10 +2176,13 @@ def test_bf16_losses_stay_with_fp32(tmp_path):
 
 
 def test_bf16_runs_from_end_to_end(pairs_folder, monkeypatch, capsys):
+    recomputed, used = tssam.recomputed, []
+    monkeypatch.setattr(tssam, "recomputed", lambda block: used.append(block) or recomputed(block))
     arguments = ("--data", pairs_folder, *SMALL, "--epochs", 1, "--precision", "bf16", "--grad-checkpoint")
     for task in ("sod", "shadow"):
         code, out, err = script(monkeypatch, capsys, train, *arguments, "--task", task, "--out", task)
-        assert code == 0 and "on:    cpu, bf16" in out
+        assert code == 0 and "on:    cpu, bf16" in out and used  # --grad-checkpoint
+        used.clear()
         assert all(t.dtype in (torch.float32, torch.int64) for t in weights_of(f"{task}/last.pt").values())
 
 
