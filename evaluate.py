@@ -272,8 +272,9 @@ def exif_orientation(image: Image.Image) -> int:
 def orientation(image: Image.Image, mask_size: tuple[int, int] | None) -> int:
     """The EXIF orientation in which an image is to be read.
 
-    With a mask it is 1, as the pixels lie, unless EXIF lays the image on its side and the mask (width, height) lies
-    that way too: then the mask was drawn on the turned picture. Without one it is EXIF's, as in any viewer.
+    With a mask of `mask_size` (width, height) it is 1, as the pixels lie, unless EXIF turns the image by a quarter and
+    the mask is upright where the pixels lie across, or the other way round: then it was drawn on the turned picture.
+    Without a mask it is EXIF's, as in any viewer.
     """
     value = exif_orientation(image)
     if mask_size is None:
@@ -405,11 +406,6 @@ def check_sizes(pairs: list[tuple[Path, Path | None]], kind: str = "image") -> N
         if names:
             text = problem.format(f"such as {', '.join(names[:3])}")
             print(f"warning: {len(names)} of {len(pairs)} {kind}s are {text}", file=sys.stderr)
-
-
-def loader(data: Dataset, batch_size: int, workers: int, **options) -> DataLoader:
-    """A DataLoader over `data`; page-locked memory where there is a GPU to copy to."""
-    return DataLoader(data, batch_size, num_workers=workers, pin_memory=torch.cuda.is_available(), **options)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -598,7 +594,8 @@ def predict(
 ) -> Iterator[tuple]:
     """The first three arguments of `finish` for each pair; in `save` it will write <image's stem>.png."""
     device, data = next(model.parameters()).device, Pictures(pairs, model.config["image_size"])
-    for images, indices, sizes in loader(data, batch_size, workers):
+    batches = DataLoader(data, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    for images, indices, sizes in batches:
         logits = model(images.to(device, non_blocking=True)).float()
         for logit, index, (own_size, mask_size) in zip(logits, indices.tolist(), sizes.tolist(), strict=True):
             image_file, mask_file = pairs[index]
@@ -764,7 +761,8 @@ def add_machine_arguments(parser: Parser) -> None:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script's main: an InputError is one line on stderr and exit code 2, anything else keeps its traceback."""
+    """Run a script's main: an InputError is one line on stderr and exit code 2, Ctrl-C one line and 130; anything else
+    keeps its traceback."""
     sys.stdout.reconfigure(errors="replace")  # names a terminal cannot show
     try:
         try:

@@ -214,7 +214,7 @@ def free_folder(path: Path) -> Path:
     return next(candidate for candidate in candidates if not candidate.exists())
 
 
-# Enough for a few shapes, two CPU cores and about a minute; what is given on the command line still counts.
+# Enough for a few shapes, two CPU cores and a minute or two; what is given on the command line still counts.
 DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "batch_size": 4, "lr": 2e-3}
 
 # With another value of one of these, a resumed run would be another experiment.
@@ -222,7 +222,7 @@ EXPERIMENT = (
     *("task", "sam", "size", "epochs", "batch_size", "accumulate", "lr", "recipe", "precision", "seed"),
     *("csa_blocks", "mrm_blocks", "sync_bn"),
 )
-MACHINE = ("workers", "device", "resume", "out")  # what a resumed run takes anew
+MACHINE = ("workers", "device", "resume")  # what a resumed run takes anew
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 SAMPLES = 4  # images in samples.png
 
@@ -270,7 +270,12 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         help="data sets to train on, joined: their train split, or any folder of images beside one of masks",
     )
     parser.add_argument(
-        "--val", type=Path, nargs="+", metavar="DIR", help="data sets to validate on, joined (default: the test splits)"
+        "--val",
+        type=Path,
+        nargs="+",
+        action="extend",
+        metavar="DIR",
+        help="data sets to validate on, joined (default: the test splits)",
     )
     parser.add_argument("--sam", choices=tuple(ENCODERS), default="vit_h", help="SAM's encoder (default vit_h)")
     parser.add_argument(
@@ -385,11 +390,13 @@ def validate(model: TSSAM, pairs: list, args: argparse.Namespace, rank: int, wor
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
+    """The network's precision, for a `with`; outside of it, and in fp32, all is float32."""
     dtype = PRECISIONS[args.precision]
     return torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32)
 
 
 def wait_for_all(world: int) -> None:
+    """Go on when every process has come here."""
     if world > 1:
         dist.barrier()
 

@@ -44,7 +44,7 @@ from torch.utils.checkpoint import checkpoint
 
 PATCH = 16  # pixels on a side of the encoder's patches
 
-# SAM's three published encoders, and `tiny`: the same class, small enough to train on two CPU cores in about a minute.
+# SAM's three published encoders, and `tiny`: the same class, small enough to train on two CPU cores in a minute or two.
 # `side` (C1) and `hidden` (C2) are the widths of our trained parts beside that encoder.
 _SAM = dict(window=14, neck=256, side=256, hidden=128)
 ENCODERS = {
