@@ -17,7 +17,7 @@ A number belongs to one of two protocols, and `py_sod_metrics` computes both:
 
 import argparse
 import csv
-import multiprocessing
+import multiprocessing.forkserver
 import os
 import re
 import signal
@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tssam import TSSAM, InputError, load_checkpoint, one_line, write
+from tssam import ATTENTIONS, TSSAM, InputError, load_checkpoint, one_line, write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding data sets
@@ -555,8 +555,17 @@ def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
 
 
 def progress(images: int, what: str) -> tqdm:
-    """A bar that counts images, with images/s; only where stderr is a terminal, and gone when it is full."""
-    return tqdm(total=images, desc=what, unit="img", leave=False, disable=None)
+    """A bar that counts images, with images/s; only where stderr is a terminal, and gone when it is full. Of torchrun's
+    processes the first draws it."""
+    disable = None if os.environ.get("RANK", "0") == "0" else True
+    return tqdm(total=images, desc=what, unit="img", leave=False, disable=disable)
+
+
+def leave_signals(*_) -> None:
+    """In a worker: Ctrl-C and SIGTERM, which terminals and job schedulers send to all processes, are the script's to
+    answer. A worker that one of them killed would be taken for a crash."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
 
 
 def in_order(work: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
@@ -568,11 +577,13 @@ def in_order(work: Callable, jobs: Iterable[tuple], workers: int) -> Iterator:
         yield from (work(*job) for job in jobs)
         return
     # Forked from a clean server, not from here: a copy of this process would keep old pages of the network's memory.
-    # Ctrl-C is this process's to answer.
     context = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
     if os.name == "posix":
         context.set_forkserver_preload(["torch", "segment_anything", "py_sod_metrics", "tqdm"])
-    with ProcessPoolExecutor(workers, context, signal.signal, (signal.SIGINT, signal.SIG_IGN)) as pool:
+        unblocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # the server's imports take seconds
+        multiprocessing.forkserver.ensure_running()
+        signal.pthread_sigmask(signal.SIG_SETMASK, unblocked)
+    with ProcessPoolExecutor(workers, context, leave_signals) as pool:
         under_way = deque()
         for job in jobs:
             under_way.append(pool.submit(work, *job))
@@ -594,7 +605,9 @@ def predict(
 ) -> Iterator[tuple]:
     """The first three arguments of `finish` for each pair; in `save` it will write <image's stem>.png."""
     device, data = next(model.parameters()).device, Pictures(pairs, model.config["image_size"])
-    batches = DataLoader(data, batch_size, num_workers=workers, pin_memory=device.type == "cuda")
+    batches = DataLoader(
+        data, batch_size, num_workers=workers, pin_memory=device.type == "cuda", worker_init_fn=leave_signals
+    )
     for images, indices, sizes in batches:
         logits = model(images.to(device, non_blocking=True)).float()
         for logit, index, (own_size, mask_size) in zip(logits, indices.tolist(), sizes.tolist(), strict=True):
@@ -737,7 +750,10 @@ def at_least(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
 
 
 def usable_device(text: str) -> torch.device:
-    """An argument that names a device this machine has, such as cuda, cuda:1 or cpu."""
+    """An argument that names a device this machine has, such as cuda, cuda:1 or cpu. Each process of torchrun has its
+    own GPU."""
+    if text.startswith("cuda") and "LOCAL_RANK" in os.environ:
+        text = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
         torch.zeros(1, device=text).item()
         return torch.device(text)
@@ -746,9 +762,8 @@ def usable_device(text: str) -> torch.device:
 
 
 def add_machine_arguments(parser: Parser) -> None:
-    """The arguments train.py and evaluate.py share: how many workers and which device; they change no number."""
-    gpu = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"  # under torchrun each process has its own
-    default, cores = gpu if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
+    """The arguments train.py and evaluate.py share: how it is computed; they change no number by more than rounding."""
+    default, cores = "cuda" if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
     parser.add_argument(
         "--workers",
         type=at_least(0),
@@ -758,12 +773,19 @@ def add_machine_arguments(parser: Parser) -> None:
     parser.add_argument(
         "--device", type=usable_device, default=default, help=f"cuda, cuda:1, cpu, ... (here: {default})"
     )
+    parser.add_argument(
+        "--attention",
+        choices=tuple(ATTENTIONS),
+        default="fused",
+        help="sam: the package's own, the same numbers slower and in more memory, to compare with (default fused)",
+    )
 
 
 def run(main: Callable[[], None]) -> None:
     """Run a script's main: an InputError is one line on stderr and exit code 2, Ctrl-C one line and 130; anything else
     keeps its traceback."""
     sys.stdout.reconfigure(errors="replace")  # names a terminal cannot show
+    torch.backends.cudnn.allow_tf32 = False  # float32 is float32, also in convolutions
     try:
         try:
             main()
@@ -867,6 +889,7 @@ def main() -> None:
             raise InputError(f"--csv: {args.csv} exists and is no table of evaluate.py; name another file")
     if args.ckpt is not None:
         model, info = load_checkpoint(args.ckpt, args.sam_checkpoint)
+        model.use_attention(args.attention)
         model.to(args.device)
         args.task = info["task"]
         if args.data is None and not info.get("val"):

@@ -26,13 +26,26 @@ import torch
 import torch.nn.functional as F
 from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from segment_anything import sam_model_registry
-from segment_anything.modeling.image_encoder import get_rel_pos
+from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 import evaluate
 import train
 import tssam
-from tssam import CSA, FFD, MRM, TSSAM, InputError, build_tssam, load_checkpoint, load_released, save_checkpoint
+from tssam import (
+    CSA,
+    FFD,
+    MRM,
+    TSSAM,
+    FusedAttention,
+    InputError,
+    build_tssam,
+    load_checkpoint,
+    load_released,
+    save_checkpoint,
+)
 
 SIZE = 128  # pixels: 8 x 8 patches, which the windows of `tiny` do not divide
 
@@ -227,7 +240,7 @@ def test_counts(sam, csa, mrm, trained):
 @pytest.mark.parametrize("sam", ["vit_b", "vit_l", "vit_h"])
 def test_encoders_are_those_of_segment_anything(sam):
     with torch.device("meta"):
-        ours, theirs = build_tssam(sam).image_encoder, sam_model_registry[sam]().image_encoder
+        ours, theirs = build_tssam(sam, attention="sam").image_encoder, sam_model_registry[sam]().image_encoder
     assert str(ours) == str(theirs)  # layers, widths, the epsilon of the norms
     assert {k: v.shape for k, v in ours.state_dict().items()} == {k: v.shape for k, v in theirs.state_dict().items()}
     for a, b in zip(ours.blocks, theirs.blocks, strict=True):
@@ -1458,7 +1471,7 @@ def test_training_without_validation(pairs_folder, monkeypatch, capsys):
     arguments = ("--data", pairs_folder / "train", *SMALL, "--epochs", 1, "--out", "run")
     code, out, err = script(monkeypatch, capsys, train, *arguments)
     assert code == 0 and "no best.pt" in out
-    assert sorted(p.name for p in Path("run").iterdir()) == ["args.json", "last.pt", "log.csv"]
+    assert sorted(p.name for p in Path("run").iterdir()) == [".lock", "args.json", "last.pt", "log.csv"]
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "run/last.pt")
     assert code == 2 and "trained without a validation set; name the data: --data" in err
     code, out, err = script(
@@ -1867,6 +1880,141 @@ def test_each_error_of_evaluate_is_one_line_and_exit_code_2(tmp_path, model_file
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# Attention without the N x N matrix
+
+
+def attentions(width: int, heads: int, sides: tuple[int, int]) -> tuple[Attention, FusedAttention]:
+    """SAM's own and ours with the same weights, relative positions and all, none of them zero."""
+    torch.manual_seed(0)
+    sam = Attention(width, heads, use_rel_pos=True, input_size=sides)
+    for parameter in sam.parameters():
+        nn.init.normal_(parameter, std=0.2)
+    sam.requires_grad_(False)
+    fused = copy.deepcopy(sam)
+    fused.__class__ = FusedAttention
+    return sam, fused
+
+
+def output_and_gradient(attention: Attention, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    output = attention(x)
+    output.backward(torch.linspace(-1, 1, output.numel()).view_as(output))
+    return output.detach(), x.grad
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+@pytest.mark.parametrize(
+    "width, heads, sides, shape",
+    [
+        (64, 4, (7, 7), (4, 7, 7)),  # tiny's windows
+        (768, 12, (14, 14), (3, 14, 14)),  # ViT-B's windows, d = 64
+        (1280, 16, (14, 14), (2, 14, 14)),  # ViT-H's, d = 80
+        (768, 12, (16, 16), (2, 16, 16)),  # global at 256 x 256
+        (1280, 16, (12, 20), (1, 12, 20)),  # not square
+        (64, 4, (8, 8), (2, 13, 9)),  # maps for which SAM resamples the relative positions
+    ],
+)
+def test_both_attentions_agree(width, heads, sides, shape, windowed):
+    sam, fused = attentions(width, heads, sides)
+    fused.windowed = windowed
+    x = 0.3 * torch.randn(*shape, width)
+    for ours, theirs in zip(output_and_gradient(fused, x), output_and_gradient(sam, x), strict=True):
+        assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()
+    kept = fused.one_hot
+    fused(x)
+    assert fused.one_hot is kept  # built once, for maps of this size
+    assert (fused(x.transpose(1, 2)) - sam(x.transpose(1, 2))).abs().max() <= 5e-6 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("arguments", [{}, {"image_size": 224, "high_freq": True}, {"csa_blocks": [1]}])
+def test_models_with_either_attention_agree(arguments):
+    fused = tiny(**arguments).train()
+    sam = copy.deepcopy(fused)
+    sam.use_attention("sam")
+    assert not any(isinstance(block.attn, FusedAttention) for block in sam.image_encoder.blocks)
+    assert all(isinstance(block.attn, FusedAttention) for block in fused.image_encoder.blocks)
+    x, gradients = images(size=fused.config["image_size"]), []
+    for model in (fused, sam):
+        logits = model(x)
+        logits.square().mean().backward()
+        gradients.append([p.grad for p in model.parameters() if p.requires_grad])
+        model.logits = logits
+    assert same(fused.logits, sam.logits)
+    for ours, theirs in zip(*gradients, strict=True):
+        assert (ours - theirs).norm() <= 1e-3 * theirs.norm() + 1e-7
+    with pytest.raises(InputError, match="attention: none is called 'flash'; there are fused, sam"):
+        build_tssam("tiny", SIZE, attention="flash")
+
+
+def test_tables_follow_the_weights():
+    model = tiny().eval()
+    with torch.inference_mode():
+        before = model(images())  # tables made here are also good for training
+    model.train()(images()).mean().backward()
+    model.eval().load_state_dict(tiny(seed=1).state_dict())
+    assert not same(model(images()), before, 1e-3) and same(model(images()), tiny(seed=1).eval()(images()))
+    assert not any("table" in name or "one_hot" in name for name in model.state_dict())
+
+
+class Allocations(TorchDispatchMode):
+    """The largest number of elements a tensor had that an operation within returned."""
+
+    largest = 0
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        sizes = [t.untyped_storage().nbytes() // t.element_size() for t in tree_leaves(result) if torch.is_tensor(t)]
+        self.largest = max([self.largest, *sizes])
+        return result
+
+
+@pytest.mark.parametrize("windowed", [False, True])
+def test_no_n_by_n_tensor_is_allocated(windowed):
+    sam, fused = attentions(16, 2, (24, 24))  # N = 576
+    fused.windowed = windowed
+    x, largest = torch.randn(1, 24, 24, 16), []
+    for attention in (fused, sam):
+        with Allocations() as allocations:
+            output_and_gradient(attention, x)
+        largest.append(allocations.largest)
+    assert largest[0] < 576 * 576 <= largest[1]
+
+
+def test_the_encoder_in_bf16_is_what_autocast_makes_of_it():
+    once, each_step = tiny(), tiny()
+    once.store_encoder(torch.bfloat16)
+    results = []
+    for model in (once, each_step):
+        with torch.autocast("cpu", torch.bfloat16):
+            logits = model(images())
+        logits.float().square().mean().backward()
+        results.append([logits, *(p.grad for p in model.parameters() if p.requires_grad)])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    types = {type(m): m.weight.dtype for m in once.image_encoder.modules() if hasattr(m, "weight")}
+    assert types[nn.Linear] == types[nn.Conv2d] == torch.bfloat16 and types[nn.LayerNorm] == torch.float32
+
+
+def test_the_benchmark(capfd, monkeypatch):
+    arguments = ["--sam", "tiny", "--size", "64", "--batch-size", "2", "--attention", "fused,sam"]
+    monkeypatch.setattr(sys, "argv", ["tssam.py", *arguments])
+    tssam.main()
+    out = capfd.readouterr().out
+    assert "  80,177 of 3" in out and re.search(r"  mrm +\d\d,\d{3}  trained  5 of them\n", out)
+    fused, sam = ([cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("tiny |"))
+    assert (fused[:6], sam[:6]) == (["tiny", "64", "2", "fp32", name, "no"] for name in ("fused", "sam"))
+    for row in (fused, sam):
+        forward, per_second, megabytes, step, step_per_second, step_megabytes = map(float, row[6:12])
+        assert 0 < forward < step and 0 < step_per_second < per_second
+        assert 100 < megabytes < 8000 and 100 < step_megabytes < 8000
+    assert fused[12] == "49 x 32: flash, 16 x 24: flash" and sam[12] == "none"
+    for arguments, message in ((["--sam", "vit_x"], "'vit_x' is none of"), (["--size", "a"], "'a' is no comma list")):
+        monkeypatch.setattr(sys, "argv", ["tssam.py", *arguments])
+        with pytest.raises(SystemExit, match="2"):
+            tssam.main()
+        assert message in capfd.readouterr().err
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # Runs that are stopped, shared and squeezed
 
 
@@ -1932,7 +2080,7 @@ def test_a_killed_run_ends_as_if_it_had_not_been(pairs_folder, monkeypatch, caps
         assert all(one[name] == two[name] for name in ("epoch", "loss", "lr", "S", "E", "wF", "MAE"))
 
 
-RUN_FILES = ["args.json", "best.pt", "last.pt", "log.csv", "samples.png"]
+RUN_FILES = [".lock", "args.json", "best.pt", "last.pt", "log.csv", "samples.png"]
 
 
 def test_a_failed_write_leaves_the_checkpoint_before_it_whole(pairs_folder, monkeypatch, capsys):
@@ -1952,23 +2100,101 @@ def test_a_failed_write_leaves_the_checkpoint_before_it_whole(pairs_folder, monk
     assert torch.load("run/last.pt", weights_only=True)["epoch"] == 1
 
 
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_a_stopped_run_says_how_to_go_on(pairs_folder, number):
-    stop = f"""
-import os, sys, evaluate, train
-Log, add = train.Log, train.Log.add
-def stop(self, row, picture):
-    add(self, row, picture)
-    if row["epoch"] == 2:
-        os.kill(os.getpid(), {int(number)})
-train.Log.add = stop
-sys.argv = ["train.py", *sys.argv[1:]]
+STOP = """
+import os, signal, sys, evaluate, train
+how, number = sys.argv[1], int(sys.argv[2])
+if how == "ignored":  # as of a script's `train.py ... &`
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+step = train.bce_iou
+def stop(logits, masks):
+    if os.path.exists("run/log.csv") and len(open("run/log.csv").readlines()) == 3:
+        (os.killpg if how == "group" else os.kill)(0 if how == "group" else os.getpid(), number)
+    return step(logits, masks)
+train.bce_iou = stop
+sys.argv = ["train.py", *sys.argv[3:]]
 evaluate.run(train.main)
 """
-    ended = in_a_process(stop, "--data", pairs_folder, *SMALL, "--epochs", 500, "--out", "run")
-    assert ended.returncode == 130
+
+
+@pytest.mark.parametrize(
+    "how, number",
+    [("one", signal.SIGINT), ("one", signal.SIGTERM), ("group", signal.SIGTERM), ("group", signal.SIGINT)]
+    + [("ignored", signal.SIGTERM)],
+)
+def test_a_stopped_run_says_how_to_go_on(pairs_folder, how, number):
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 500, "--out", "run", "--workers", 2)
+    ended = in_a_process(STOP, how, int(number), *arguments, start_new_session=True)
+    assert ended.returncode == 130, ended.stderr
     lines = [line for line in ended.stderr.splitlines() if not line.startswith("warning: the encoder is random")]
     assert lines == ["train.py: stopped; `python train.py --resume --out run` goes on after epoch 2"], ended.stderr
+
+
+def test_what_is_odd_in_a_folder_is_said(pairs_folder, monkeypatch, capsys):
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 2, "--out", "run")
+    assert script(monkeypatch, capsys, train, *arguments)[0] == 0
+    good = {p: p.read_bytes() for p in Path("run").iterdir()}
+    log = Path("run/log.csv")
+    resume = ("--resume", "--out", "run", "--device", "cpu")
+    for file, content, message in (
+        (log, b"epoch,loss\nx,1\n", "run/log.csv: not the log of a run"),
+        (Path("run/best.pt"), good[Path("run/last.pt")], "run/best.pt: not the best.pt of a run"),
+    ):
+        file.write_bytes(content)
+        code, out, err = script(monkeypatch, capsys, train, *resume)
+        assert code == 2 and message in err.splitlines()[-1] and "Traceback" not in err, err
+        file.write_bytes(good[file])
+    lines = log.read_text().splitlines()
+    log.write_text("\n".join([lines[0], lines[2]]) + "\n")  # the first epoch's row is missing, the last one's is not
+    assert script(monkeypatch, capsys, train, *resume)[0] == 0
+    assert log.read_text().splitlines() == [lines[0], lines[2]]
+
+
+def test_a_folder_has_one_run_at_a_time(pairs_folder, monkeypatch, capsys):
+    Path("run").mkdir()
+    hold = "import pathlib, train; held = train.lock(pathlib.Path('run')); print('held', flush=True); input()"
+    environment = {**os.environ, "PYTHONPATH": str(Path(tssam.__file__).parent)}
+    other = subprocess.Popen(
+        [sys.executable, "-c", hold], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True, env=environment
+    )
+    assert other.stdout.readline() == "held\n"
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 1, "--out", "run")
+    code, out, err = script(monkeypatch, capsys, train, *arguments)
+    assert code == 2 and "--out: a run is going on in run; name another folder" in err
+    assert [p.name for p in Path("run").iterdir()] == [".lock"]
+    other.kill()
+    other.wait()
+    assert script(monkeypatch, capsys, train, *arguments)[0] == 0
+
+
+def test_a_moved_run_goes_on(pairs_folder, monkeypatch, capsys):
+    monkeypatch.chdir(pairs_folder.parent)
+    assert (
+        script(monkeypatch, capsys, train, "--data", pairs_folder.name, *SMALL, "--epochs", 1, "--out", "run")[0] == 0
+    )
+    elsewhere = pairs_folder.parent / "elsewhere"
+    elsewhere.mkdir()
+    Path("run").rename(elsewhere / "run")
+    monkeypatch.chdir(elsewhere)
+    code, out, err = script(monkeypatch, capsys, train, "--resume", "--out", "run", "--device", "cpu")
+    assert code == 0 and "resume: after epoch 1, its last" in out, err
+
+
+def test_outputs_that_are_not_finite_in_eval_mode_cost_no_checkpoint(pairs_folder, monkeypatch, capsys):
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 3, "--out", "run")
+    forward, epochs = TSSAM.forward, []
+
+    def overflow(self, images):
+        if self.training and (not epochs or epochs[-1] == "eval"):
+            epochs.append("train")
+        elif not self.training and epochs[-1] == "train":
+            epochs.append("eval")
+        return forward(self, images) * (math.inf if not self.training and epochs.count("train") == 2 else 1)
+
+    monkeypatch.setattr(TSSAM, "forward", overflow)
+    code, out, err = script(monkeypatch, capsys, train, *arguments)
+    message = "the network is no longer finite after epoch 2; run/last.pt holds epoch 1; try a lower --lr"
+    assert code == 2 and message in err.splitlines()[-1], err
+    assert torch.load("run/last.pt", weights_only=True)["epoch"] == 1
 
 
 def test_resume_refuses_what_would_be_another_experiment(pairs_folder, monkeypatch, capsys):
@@ -1985,7 +2211,8 @@ def test_resume_refuses_what_would_be_another_experiment(pairs_folder, monkeypat
         (("--batch-size", 4), "--batch-size 4 (it has 2)"),
         (("--sam-checkpoint", "sam.pth"), "--sam-checkpoint sam.pth (it has random)"),
         (("--csa-blocks", "1-2"), "--csa-blocks [1, 2] (it has None)"),
-        (("--data", pairs_folder / "test"), "--resume: 3 training images; this run has 4"),
+        (("--data", pairs_folder / "test"), "--resume: --data has other images than the run in run"),
+        (("--val", pairs_folder / "train"), "--resume: --val has other images than the run in run"),
         (("--out", "nowhere"), "nowhere/last.pt: no such file"),
     ):
         code, out, err = script(monkeypatch, capsys, train, "--resume", "--out", "run", "--device", "cpu", *changes)

@@ -14,10 +14,13 @@ among four GPUs.
 
 import argparse
 import csv
+import errno
+import hashlib
 import json
 import math
 import os
 import re
+import shlex
 import signal
 import sys
 import tempfile
@@ -27,6 +30,7 @@ from dataclasses import dataclass
 from datetime import timedelta
 from itertools import chain, count
 from pathlib import Path
+from typing import TextIO
 
 import numpy as np
 import torch
@@ -45,6 +49,7 @@ from evaluate import (
     check_sizes,
     evaluate,
     find_sets,
+    leave_signals,
     make_folder,
     progress,
     run,
@@ -55,21 +60,23 @@ from evaluate import (
 )
 from tssam import (
     ENCODERS,
+    PRECISIONS,
     TSSAM,
     InputError,
     build_tssam,
     fingerprint,
     load_checkpoint,
     load_file,
+    peak_memory,
     sam_weights,
     save_checkpoint,
     write,
 )
 
 try:
-    import resource
+    import fcntl
 except ImportError:  # Windows
-    resource = None
+    fcntl = None
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses (source: paper; their form from the release), in float32 whatever the logits are
@@ -93,7 +100,8 @@ def bce_iou(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
-    """Shadows: P/(P+N) * BCE(pos_weight = N/P), with P positive and N negative pixels in the batch.
+    """Shadows: P/(P+N) * BCE(pos_weight = N/P), with P positive and N negative pixels in the batch (with several GPUs
+    or --accumulate: in what one of them takes at once, as in the release).
 
     Written as what that is, positive pixels weighing N/(P+N) and negative ones P/(P+N), which P = 0 does not break.
 
@@ -219,11 +227,10 @@ DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "b
 
 # With another value of one of these, a resumed run would be another experiment.
 EXPERIMENT = (
-    *("task", "sam", "size", "epochs", "batch_size", "accumulate", "lr", "recipe", "precision", "seed"),
+    *("task", "sam", "size", "epochs", "batch_size", "accumulate", "lr", "recipe", "precision", "seed", "demo"),
     *("csa_blocks", "mrm_blocks", "sync_bn"),
 )
-MACHINE = ("workers", "device", "resume")  # what a resumed run takes anew
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+MACHINE = ("workers", "device", "grad_checkpoint", "resume")  # what a resumed run takes anew
 SAMPLES = 4  # images in samples.png
 
 
@@ -239,16 +246,19 @@ def blocks(text: str) -> list[int]:
     chosen: set[int] = set()
     for part in text.split(","):
         match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
-        if match is None:
+        named = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
+        if not named:
             raise argparse.ArgumentTypeError(f"{text!r} names no blocks; write them as 2-11 or 0,3,5-7")
-        chosen |= set(range(int(match[1]), int(match[2] or match[1]) + 1))
+        chosen |= set(named)
     return sorted(chosen)
 
 
 def plain(value: object) -> object:
-    """An argument's value as files can hold it."""
+    """An argument's value as files can hold it; paths in full, so that they hold anywhere."""
     if isinstance(value, list):
         return [plain(v) for v in value]
+    if isinstance(value, Path):
+        return str(value.resolve())
     return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
 
 
@@ -299,7 +309,11 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     parser.add_argument(
         "--out", type=Path, metavar="DIR", help="folder of the run (default runs/<task>-<sam>, or -2, -3, ...)"
     )
-    parser.add_argument("--resume", action="store_true", help="go on with the run in --out from its last whole epoch")
+    parser.add_argument(
+        "--resume",
+        action="store_true",
+        help="go on with the run in --out (without it: in runs/<task>-<sam>) from its last whole epoch",
+    )
     parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (default 0)")
     parser.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
     parser.add_argument(
@@ -323,9 +337,9 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         if args.out is None:
             args.out = Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
         stored = load_file(args.out / "last.pt")
-        if not {"args", "optimizer", "epoch"} <= stored.keys():
-            raise InputError(f"--resume: {args.out / 'last.pt'} is not the last.pt of a run")
         folders = {"data": args.data, "val": args.val, "out": args.out}  # which may have moved
+        if not ({"args", "optimizer", "epoch"} <= stored.keys() and {*EXPERIMENT, *folders} <= stored["args"].keys()):
+            raise InputError(f"--resume: {args.out / 'last.pt'} is not the last.pt of a run of this train.py")
         parser.set_defaults(**{n: v for n, v in stored["args"].items() if n not in MACHINE and n not in folders})
         args = parser.parse_args()
         changed = [name for name in EXPERIMENT if plain(getattr(args, name)) != stored["args"][name]]
@@ -339,6 +353,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         for name, value in folders.items():
             kept = stored["args"][name]
             setattr(args, name, value or (kept and [Path(folder) for folder in kept]))
+        if args.demo:
+            args.data = [args.out / "DUTS"]
         return args, stored
     if args.demo:
         if args.data or args.val:
@@ -350,7 +366,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     if args.epochs is None:
         args.epochs = 100 if args.task == "shadow" else 80
     if args.precision is None:
-        args.precision = "bf16" if args.device.type == "cuda" and torch.cuda.is_bf16_supported() else "fp32"
+        has_bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        args.precision = "bf16" if has_bf16 else "fp32"
     return args, None
 
 
@@ -358,19 +375,13 @@ def join_processes(device: torch.device) -> tuple[int, int]:
     """(this process's number, how many there are): as torchrun started them, else (0, 1)."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return 0, 1
+    patience = timedelta(hours=3)  # the first process may have SAM's weights to download while the others wait
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+        dist.init_process_group("nccl", timeout=patience, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
     return dist.get_rank(), dist.get_world_size()
-
-
-def peak_memory(device: torch.device) -> float:
-    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's (Windows: nan)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def validate(model: TSSAM, pairs: list, args: argparse.Namespace, rank: int, world: int) -> dict[str, float]:
@@ -419,9 +430,12 @@ class Log:
     def __init__(self, folder: Path, done: int, rank: int) -> None:
         """Go on with the log that is there, from the epoch after `done`; only the first process writes."""
         self.file, self.rows, self.board = folder / "log.csv", [], None
-        if self.file.exists():
-            with self.file.open(newline="") as file:
-                self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= done]
+        if done > 0 and self.file.exists():
+            try:
+                with self.file.open(newline="") as file:
+                    self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= done]
+            except (OSError, ValueError, KeyError) as error:
+                raise InputError(f"{self.file}: not the log of a run; move it away to start a new one") from error
         if rank == 0:
             with suppress(ImportError):
                 from torch.utils.tensorboard import SummaryWriter
@@ -442,21 +456,48 @@ class Log:
 
 def main() -> None:
     args, stored = parse_arguments()
-    signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))  # ends as with Ctrl-C
-    if args.device.type == "cuda" and "LOCAL_RANK" in os.environ:
-        args.device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C
     rank, world = join_processes(args.device)
     try:
         train(args, stored, rank, world)
     except KeyboardInterrupt:
-        last = args.out / "last.pt" if args.out is not None else None
-        how = "no epoch was finished"
+        if rank > 0:
+            sys.exit(130)  # the first process says it
+        last, how = args.out / "last.pt" if args.out is not None else None, "no epoch was finished"
         if last is not None and last.exists():
-            how = f"`python train.py --resume --out {args.out}` goes on after epoch {load_file(last)['epoch']}"
+            start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
+            again = f"{start} train.py --resume --out {shlex.quote(str(args.out))}"
+            how = f"`{again}` goes on after epoch {load_file(last)['epoch']}"
         raise KeyboardInterrupt(f"stopped; {how}") from None
+    except RuntimeError as error:
+        if world > 1 and re.search("onnection (closed|reset)", str(error)):  # gloo's; NCCL's end with torchrun
+            raise InputError("another process has stopped; its own message says why") from error
+        raise
     finally:
         if world > 1:
             dist.destroy_process_group()
+
+
+def lock(folder: Path) -> TextIO | None:
+    """Keep other runs out of a folder as long as what is returned is open, and this process lives.
+
+    Raises:
+        InputError: another run is going on in it.
+    """
+    if fcntl is None:
+        return None
+    file = (folder / ".lock").open("w")
+    try:
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept on by a killed run's workers
+    except OSError as error:
+        if error.errno in (errno.EACCES, errno.EAGAIN):
+            raise InputError(f"--out: a run is going on in {folder}; name another folder") from error
+    return file
+
+
+def names_of(pairs: list[tuple[Path, Path]]) -> str:
+    """sha256 of the images' names in their order, which the order of an epoch builds on."""
+    return hashlib.sha256("\n".join(image.name for image, _ in pairs).encode(errors="surrogateescape")).hexdigest()
 
 
 def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) -> None:
@@ -511,34 +552,47 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
     val_pairs = [pair for s in val_sets for pair in s.pairs]
     if rank == 0:
         check_sizes(train_set.pairs + val_pairs)
-    if stored is not None and len(train_set) != stored["images"]:
-        raise InputError(f"--resume: {len(train_set)} training images; this run has {stored['images']}")
+    images = {"--data": names_of(train_set.pairs), "--val": names_of(val_pairs)}
+    if stored is not None:
+        for flag, names in images.items():
+            if names != stored["images"][flag]:
+                raise InputError(f"--resume: {flag} has other images than the run in {args.out}")
+        if world != stored["world"] and rank == 0:
+            print(
+                f"warning: this run had {stored['world']} processes, not {world}: its batch norms saw other parts of a"
+                " batch",
+                file=sys.stderr,
+            )
 
     # Model. The encoder's random weights are the first that are drawn from the seed: load_checkpoint draws them again.
     if args.sam_checkpoint == "random" and rank == 0:
         print("warning: the encoder is random, not SAM's: results say nothing about TS-SAM", file=sys.stderr)
-    weights = None
-    if args.sam_checkpoint != "random":
-        if rank == 0:  # which downloads them, if need be
-            args.sam_checkpoint = args.sam_checkpoint or str(sam_weights(args.sam))
-        wait_for_all(world)
-        weights = args.sam_checkpoint or sam_weights(args.sam)
+    weights = args.sam_checkpoint if args.sam_checkpoint != "random" else None
+    if rank > 0:
+        wait_for_all(world)  # for the first process, which downloads SAM's weights if need be
     if stored is not None:
-        model, _ = load_checkpoint(last, weights)
+        model, info = load_checkpoint(last, weights)
+        weights = weights or info["sam_checkpoint"]
     else:
+        weights = weights or (sam_weights(args.sam) if args.sam_checkpoint is None else None)
         torch.manual_seed(args.seed)
         high_freq = args.task == "shadow"
         model = build_tssam(args.sam, args.size, high_freq, weights, args.csa_blocks, args.mrm_blocks)
+    if rank == 0:
+        wait_for_all(world)
     checkpoint_info = dict(
         task=args.task,
         encoder=fingerprint(model),
-        encoder_seed=args.seed if weights is None else None,
+        encoder_seed=args.seed if args.sam_checkpoint == "random" else None,
         sam_checkpoint=str(Path(weights).resolve()) if weights else None,
         val=[str(s.folder.resolve()) for s in val_sets],
         args={name: plain(value) for name, value in vars(args).items()},
-        images=len(train_set),
+        images=images,
+        world=world,
     )
     model.grad_checkpoint = args.grad_checkpoint
+    model.use_attention(args.attention)
+    model.store_encoder(PRECISIONS[args.precision])
     model.to(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     own, total = (sum(p.numel() for p in group) for group in (trained, model.parameters()))
@@ -560,6 +614,8 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs, eta_min=1e-7)
     scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
     batches = Batches(len(train_set), args.batch_size, args.accumulate, rank, world, args.seed, flip=released)
+    if not batches.parts:
+        raise InputError(f"--data: {len(train_set)} images are too few for {world} processes")
     if batches.dropped:
         say(f"note:  {batches.dropped} images of each epoch's order are left out, too few for {world} processes")
     loader = DataLoader(
@@ -568,6 +624,7 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
         num_workers=args.workers,
         pin_memory=args.device.type == "cuda",
         persistent_workers=args.workers > 0,
+        worker_init_fn=leave_signals,
     )
     done, best_score = 0, -math.inf
     if stored is not None:
@@ -575,17 +632,20 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
         optimizer.load_state_dict(stored["optimizer"])
         schedule.load_state_dict(stored["schedule"])
         scaler.load_state_dict(stored["scaler"])
-        torch.set_rng_state(stored["random_state"])
         if best.exists():
-            best_score = score_of(load_file(best)["metrics"])
+            metrics = load_file(best).get("metrics")
+            if not metrics:
+                raise InputError(f"{best}: not the best.pt of a run; move it away")
+            best_score = score_of(metrics)
     if rank == 0:
         make_folder(args.out, "--out")
+        held = lock(args.out)  # noqa: F841, until this function ends
         write(args.out / "args.json", lambda file: file.write_text(json.dumps(checkpoint_info["args"], indent=1)))
     wait_for_all(world)
     log = Log(args.out, done, rank)
 
-    def finish_epoch(row: dict) -> None:
-        """What follows an epoch's last.pt: validation, best.pt, samples.png, and the epoch's row in log.csv."""
+    def finish_epoch(row: dict, start: float) -> None:
+        """What follows the last.pt of an epoch begun at `start`: validation, best.pt, samples.png, a row of log.csv."""
         nonlocal best_score
         epoch, better = row["epoch"], ""
         if val_sets:
@@ -601,23 +661,28 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
                 draw_samples(model, val_pairs[:SAMPLES], args, picture)
             log.add(row, picture)
         scores = f"  {show(metrics)}{better}" if val_sets else ""
-        left = timedelta(seconds=round((args.epochs - epoch) * row["seconds"]))
+        left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
         say(
             f"epoch {epoch}/{args.epochs}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
             f"  {row['images_per_s']:.2f} images/s  {row['peak_MB']:.0f} MB{scores}  {left} left"
         )
 
+    def good() -> str:
+        return f"{last} holds epoch {load_file(last)['epoch']}" if last.exists() else "no epoch was finished"
+
     if stored is not None:
         say(f"resume: after epoch {done}" + (", its last" if done == args.epochs else ""))
-        if len(log.rows) < done:  # stopped between last.pt and the end of its validation
-            finish_epoch(stored["row"])
+        if not any(int(row["epoch"]) == done for row in log.rows):  # stopped between last.pt and the end of validation
+            finish_epoch(stored["row"], time.monotonic() - stored["row"]["seconds"])
 
     for epoch in range(done + 1, args.epochs + 1):
         net.train()
         batches.set_epoch(epoch)
+        torch.manual_seed(
+            args.seed + epoch
+        )  # nothing draws from it today; what will is to follow from seed and epoch too
         seen, lr, start = torch.zeros(2, dtype=torch.float64), optimizer.param_groups[0]["lr"], time.monotonic()
         with progress(len(train_set), f"epoch {epoch}/{args.epochs}") as bar:
-            bar.disable = bar.disable or rank > 0
             for part, (images, masks) in zip(batches.parts, loader, strict=True):
                 images, masks = (t.to(args.device, non_blocking=True) for t in (images, masks))
                 with nullcontext() if part.last or world == 1 else net.no_sync():
@@ -628,10 +693,9 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
                     scaler.scale(loss * part.share * world).backward()
                 if not math.isfinite(loss.item()):
                     files = ", ".join(str(train_set.pairs[index][0]) for index, _ in part.items)
-                    good = f"{last} holds epoch {epoch - 1}" if last.exists() else "no epoch was finished"
                     step = 1 + sum(p.last for p in batches.parts[: batches.parts.index(part)])
                     raise InputError(
-                        f"epoch {epoch}, step {step}: the loss is {loss.item()} for {files}; {good}; try a lower --lr"
+                        f"epoch {epoch}, step {step}: the loss is {loss.item()} for {files}; {good()}; try a lower --lr"
                     )
                 if part.last:
                     scaler.step(optimizer)
@@ -645,8 +709,11 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
             seen = seen.to(args.device)
             dist.all_reduce(seen)
         schedule.step()
-        if not all(p.isfinite().all() for p in trained):  # an earlier epoch's checkpoint stays
-            raise InputError(f"the weights are no longer finite in epoch {epoch}; try a lower --lr than {args.lr:g}")
+        net.eval()  # as in validation, where batch norms use their statistics
+        with torch.no_grad(), autocast(args):
+            finite = model(images).isfinite().all() and all(p.isfinite().all() for p in trained)
+        if not finite:  # an earlier epoch's checkpoint stays
+            raise InputError(f"the network is no longer finite after epoch {epoch}; {good()}; try a lower --lr")
         row = dict(
             epoch=epoch,
             loss=(seen[0] / seen[1]).item(),
@@ -664,18 +731,18 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
                 optimizer=optimizer.state_dict(),
                 schedule=schedule.state_dict(),
                 scaler=scaler.state_dict(),
-                random_state=torch.get_rng_state(),
                 **checkpoint_info,
             )
-        finish_epoch(row)
+        finish_epoch(row, start)
 
     if args.demo and rank == 0:
         masks = args.out / "masks"
         masks.mkdir(exist_ok=True)
-        metrics = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers, masks).results()
+        with autocast(args):
+            scores = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers, masks)
         shown = [(image.stem, image, mask, masks / f"{image.stem}.png") for image, mask in val_pairs[:6]]
         save_overview(shown, args.out / "demo.png")
-        say(f"demo:  {show(metrics)} on {len(val_pairs)} unseen images; masks in {masks}")
+        say(f"demo:  {show(scores.results())} on {len(val_pairs)} unseen images; masks in {masks}")
         say(f"demo:  {args.out / 'demo.png'} shows image | ground truth | prediction")
 
 

@@ -26,12 +26,21 @@ After the network come the files it is kept in: SAM's published weights, the aut
 own, which hold the trained part alone.
 """
 
+import argparse
 import hashlib
 import http.client
 import inspect
+import itertools
+import math
+import multiprocessing
 import os
 import re
+import statistics
+import sys
+import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from pathlib import Path
@@ -39,8 +48,15 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
+from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+
+try:
+    import resource
+except ImportError:  # Windows
+    resource = None
 
 PATCH = 16  # pixels on a side of the encoder's patches
 
@@ -53,6 +69,9 @@ ENCODERS = {
     "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31), **_SAM),
     "tiny": dict(width=64, depth=4, heads=4, global_blocks=(1, 3), window=7, neck=32, side=32, hidden=16),
 }
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 class InputError(ValueError):
@@ -113,7 +132,8 @@ class Gate(nn.Sequential):
     """Gating unit, Eq. 4: tanh(W2 relu(W1 F)) * F, pixel by pixel; (B, C2, h, w) -> the same shape.
 
     W1 and W2 are linear maps over the channels without bias, initialised with a truncated normal of standard
-    deviation 0.02 (source: release).
+    deviation 0.02 (source: release). Backward computes the gate a second time from F: kept, its maps at S/4 would be a
+    seventh of a training step's memory.
     """
 
     def __init__(self, channels: int) -> None:
@@ -123,6 +143,9 @@ class Gate(nn.Sequential):
         super().__init__(linears[0], nn.ReLU(inplace=True), linears[1], nn.Tanh())
 
     def forward(self, f: Tensor) -> Tensor:
+        return checkpoint(self.gated, f, use_reentrant=False, preserve_rng_state=False)
+
+    def gated(self, f: Tensor) -> Tensor:
         return super().forward(f.movedim(1, -1)).movedim(-1, 1) * f
 
 
@@ -206,6 +229,70 @@ class FFD(nn.Module):
 
 
 # ---------------------------------------------------------------------------------------------------------------------
+# SAM's attention in less memory. Not of the paper: read on at II-A
+
+
+class FusedAttention(Attention):
+    """SAM's attention without its N x N matrix (source: ours); the same numbers, up to rounding, and gradients.
+
+    To the score of query q and key k SAM adds rel_h[q, row of k] + rel_w[q, column of k], and so builds a matrix of
+    N x N scores for each head: at 1024 x 1024, N = 4096, most of the encoder's memory. The sum is an inner product:
+
+        q' = [q / sqrt(d), rel_w[q], rel_h[q]]      k' = [k, one-hot column of k, one-hot row of k]      v' = [v, 0, 0]
+
+    so plain attention of q', k' and v' is SAM's, and `scaled_dot_product_attention` has kernels for it that never hold
+    all scores. They want q', k' and v' equally wide, CUDA's a multiple of 8, hence the zeros.
+
+    An `Attention` of the encoder becomes one by its `__class__`: its weights and their names stay as they are.
+    """
+
+    windowed = False  # in windows it is cheap enough to be computed again in backward, rather than kept
+    made_for: tuple[int, int] | None = None  # the maps that the tables are for
+
+    def make_tables(self, h: int, w: int) -> None:
+        """What is constant for maps of h x w: the relative positions (h, h + pad, d) and (w, w, d), and the keys'
+        one-hot columns and rows (h * w, w + h + pad)."""
+        with torch.inference_mode(False), torch.no_grad():  # they may be used in training later
+            table_h, table_w = get_rel_pos(h, h, self.rel_pos_h), get_rel_pos(w, w, self.rel_pos_w)
+            pad = -(table_h.shape[-1] + h + w) % 8
+            columns, rows = torch.eye(w).repeat(h, 1), torch.eye(h, h + pad).repeat_interleave(w, dim=0)
+            self.register_buffer("table_h", F.pad(table_h, (0, 0, 0, pad)), persistent=False)
+            self.register_buffer("table_w", table_w, persistent=False)
+            self.register_buffer("one_hot", torch.cat([columns, rows], dim=1).to(table_h), persistent=False)
+        self.made_for = h, w
+
+    def _load_from_state_dict(self, *args) -> None:
+        super()._load_from_state_dict(*args)
+        self.made_for = None  # the tables are of the older weights
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, h, w, C) -> the same shape."""
+        if self.made_for != x.shape[1:3]:
+            self.make_tables(*x.shape[1:3])
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, h, w, 3, heads, d)
+        attend = self.attend
+        if self.windowed:
+            attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
+        return self.proj(attend(qkv))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """qkv (B, h, w, 3, heads, d) -> (B, h, w, C)."""
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # each (B, heads, h, w, d)
+        batch, heads, h, w, d = q.shape
+        rel_h = torch.einsum("bnhwd,hkd->bnhwk", q, self.table_h)
+        rel_w = torch.einsum("bnhwd,wkd->bnhwk", q, self.table_w)
+        q = torch.cat([q * self.scale, rel_w, rel_h], dim=-1).flatten(2, 3)
+        one_hot = self.one_hot.to(k.dtype).expand(batch, heads, -1, -1)
+        k = torch.cat([k.flatten(2, 3), one_hot], dim=-1)
+        v = F.pad(v.flatten(2, 3), (0, one_hot.shape[-1]))
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        return out.transpose(1, 2).reshape(batch, h, w, heads * d)
+
+
+ATTENTIONS = {"fused": FusedAttention, "sam": Attention}
+
+
+# ---------------------------------------------------------------------------------------------------------------------
 # II-A. The two streams
 
 
@@ -257,11 +344,12 @@ class TSSAM(nn.Module):
         high_freq: add the high-frequency embedding to the side stream's input (shadow detection).
         csa_blocks: encoder blocks that get a CSA; None: all. The patches and the neck always have theirs.
         mrm_blocks: encoder blocks that feed an MRM; None: the last 12. The neck always does.
+        attention: `fused`, or `sam` for the package's own (see `FusedAttention`).
 
     Set `grad_checkpoint` to train in less memory: the encoder's blocks are computed again in backward.
 
     Raises:
-        InputError: an unknown `sam`, an `image_size` or a block that the encoder cannot have.
+        InputError: an unknown `sam` or `attention`, an `image_size` or a block that the encoder cannot have.
     """
 
     def __init__(
@@ -271,6 +359,7 @@ class TSSAM(nn.Module):
         high_freq: bool = False,
         csa_blocks: Iterable[int] | None = None,
         mrm_blocks: Iterable[int] | None = None,
+        attention: str = "fused",
     ) -> None:
         super().__init__()
         self.grad_checkpoint = False
@@ -307,6 +396,7 @@ class TSSAM(nn.Module):
             window_size=spec["window"],
             global_attn_indexes=spec["global_blocks"],
         ).requires_grad_(False)
+        self.use_attention(attention)
 
         self.csa_embedding = nn.Linear(width, side)
         self.high_freq_embedding = nn.Conv2d(3, side, PATCH, stride=PATCH) if high_freq else None
@@ -315,6 +405,23 @@ class TSSAM(nn.Module):
         self.mrm = nn.ModuleList(MRM(width, hidden) for _ in mrm_blocks)
         self.mrm.append(MRM(neck, hidden))
         self.ffd = FFD(side, hidden)
+
+    def use_attention(self, attention: str) -> None:
+        """Have the encoder's blocks compute their attention by one of `ATTENTIONS`."""
+        if attention not in ATTENTIONS:
+            raise InputError(f"attention: none is called {attention!r}; there are {', '.join(ATTENTIONS)}")
+        for block in self.image_encoder.blocks:
+            block.attn.__class__ = ATTENTIONS[attention]
+            block.attn.windowed = block.window_size > 0
+
+    def store_encoder(self, dtype: torch.dtype) -> None:
+        """Keep the encoder's matrices and convolutions in the `dtype` of the autocast that the model is to run in.
+
+        Autocast would cast them in every step, and autograd keep the copies until backward. The numbers are the same.
+        """
+        for module in self.image_encoder.modules():
+            if isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.to(dtype)
 
     def forward(self, images: Tensor) -> Tensor:
         """Args: images (B, 3, S, S), /255 and normalised with ImageNet's mean and std. Returns: logits (B, 1, S, S).
@@ -389,6 +496,7 @@ def build_tssam(
     sam_checkpoint: str | os.PathLike | None = None,
     csa_blocks: Iterable[int] | None = None,
     mrm_blocks: Iterable[int] | None = None,
+    attention: str = "fused",
 ) -> TSSAM:
     """Build a TSSAM on the CPU (or the current default device), its encoder filled from SAM's published weights.
 
@@ -400,11 +508,12 @@ def build_tssam(
         high_freq: with the high-frequency embedding (shadow detection).
         sam_checkpoint: SAM's weights for `sam`, as published; None leaves the encoder randomly initialised.
         csa_blocks, mrm_blocks: the encoder blocks with a CSA, an MRM; None: as in the paper (see `TSSAM`).
+        attention: `fused`, or `sam` for the package's own: the same numbers, slower and in more memory.
 
     Raises:
         InputError: an argument no model can have, or a file that does not hold this encoder.
     """
-    model = TSSAM(sam, image_size, high_freq, csa_blocks, mrm_blocks)
+    model = TSSAM(sam, image_size, high_freq, csa_blocks, mrm_blocks, attention)
     if sam_checkpoint is not None:
         load_sam(model, sam_checkpoint)
     return model
@@ -681,3 +790,149 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
 def one_line(error: BaseException) -> str:
     """The first line of an error's message, or its type's name: for the inside of an InputError."""
     return (str(error).strip() or type(error).__name__).splitlines()[0]
+
+
+# ---------------------------------------------------------------------------------------------------------------------
+# Speed and memory: python tssam.py
+
+
+def peak_memory(device: torch.device) -> float:
+    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's (Windows: nan)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / 2**20
+    if resource is None:
+        return math.nan
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+class SDPACalls(TorchDispatchMode):
+    """Within it, `served` notes which kernel `scaled_dot_product_attention` chose: {"4096 x 192": "flash", ...}."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.served: dict[str, str] = {}
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        name = re.fullmatch(r"aten\._scaled_dot_product_(?:fused_)?(\w+?)_attention\w*\.default", str(operator))
+        if name is not None:
+            self.served[" x ".join(map(str, args[0].shape[-2:]))] = name[1]
+        return operator(*args, **(kwargs or {}))
+
+
+def measure(
+    step: bool, sam: str, size: int, batch_size: int, precision: str, attention: str, grad_checkpoint: str
+) -> tuple[float, float, dict[str, str]]:
+    """(seconds, peak MB, SDPA's kernels) of a forward, or of a training step: forward, BCE, backward, Adam.
+
+    Seconds are the median of at least three runs after one to warm up; memory is this process's, so each case is to
+    have its own.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.manual_seed(0)
+    with device:
+        model = build_tssam(sam, size, attention=attention).train(step)
+        images, masks = torch.randn(batch_size, 3, size, size), torch.rand(batch_size, 1, size, size).round()
+    model.grad_checkpoint = grad_checkpoint == "yes"
+    dtype = PRECISIONS[precision]
+    model.store_encoder(dtype)
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
+    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
+
+    def run() -> float:
+        start = time.perf_counter()
+        with torch.set_grad_enabled(step):
+            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
+                logits = model(images)
+            if step:
+                scaler.scale(F.binary_cross_entropy_with_logits(logits.float(), masks)).backward()
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        return time.perf_counter() - start
+
+    with SDPACalls() as sdpa:
+        run()
+    seconds = [run()]
+    while len(seconds) < 3 or (sum(seconds) < 5 and len(seconds) < 50):
+        seconds.append(run())
+    return statistics.median(seconds), peak_memory(device), sdpa.served
+
+
+def main() -> None:
+    """Print the parameters of models, and a row of measurements for each combination of the options."""
+    parser = argparse.ArgumentParser(
+        description="Seconds and peak memory of TS-SAM with random weights, a process for each figure; comma lists give"
+        " rows. On a GPU memory is what PyTorch allocated there, on a CPU the process's peak RSS.",
+        allow_abbrev=False,
+    )
+
+    def choices(*known: str):
+        """An argument that is a comma list of `known`."""
+
+        def parse(text: str) -> list[str]:
+            for name in text.split(","):
+                if name not in known:
+                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
+            return text.split(",")
+
+        return parse
+
+    def numbers(text: str) -> list[int]:
+        """An argument that is a comma list of whole numbers."""
+        if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
+            raise argparse.ArgumentTypeError(f"{text!r} is no comma list of whole numbers above zero")
+        return [int(number) for number in text.split(",")]
+
+    options = {
+        "sam": (choices(*ENCODERS), ["vit_b"]),
+        "size": (numbers, [1024]),
+        "batch_size": (numbers, [1]),
+        "precision": (choices(*PRECISIONS), ["fp32"]),
+        "attention": (choices(*ATTENTIONS), ["fused"]),
+        "grad_checkpoint": (choices("no", "yes"), ["no"]),
+    }
+    for name, (kind, default) in options.items():
+        parser.add_argument(
+            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"(default {','.join(map(str, default))})"
+        )
+    args = vars(parser.parse_args())
+
+    for sam in args["sam"]:
+        with torch.device("meta"):
+            model = build_tssam(sam, args["size"][0])
+        print(f"{sam}: parameters")
+        for name, module in model.named_children():
+            of_module = [(p.numel(), p.requires_grad) for p in module.parameters()]
+            kind = f"{len(module)} of them" if isinstance(module, nn.ModuleList) else ""
+            print(
+                f"  {name:<15}{sum(n for n, _ in of_module):>13,}  {'trained' if of_module[0][1] else 'frozen'}  {kind}"
+            )
+        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+        print(f"  {trained:,} of {sum(p.numel() for p in model.parameters()):,} are trained")
+
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
+    print(f"on {where}, torch {torch.__version__}")
+    columns = [*options, "forward s", "images/s", "MB", "step s", "images/s", "MB", "attention's kernels"]
+    print(" | ".join(columns))
+    for values in itertools.product(*args.values()):
+        case, cells = dict(zip(args, values, strict=True)), []
+        for step in (False, True):
+            # A fresh process, whose peak memory is this figure's alone
+            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+                try:
+                    seconds, megabytes, served = pool.submit(measure, step, **case).result()
+                except (torch.OutOfMemoryError, BrokenProcessPool):
+                    cells += ["out of memory", "", ""]
+                else:
+                    cells += [f"{seconds:.3f}", f"{case['batch_size'] / seconds:.2f}", f"{megabytes:.0f}"]
+        kernels = ", ".join(f"{shape}: {kernel}" for shape, kernel in served.items()) or "none"
+        print(
+            " | ".join(f"{cell!s:>{len(c)}}" for c, cell in zip(columns, [*values, *cells, kernels], strict=True)),
+            flush=True,
+        )
+
+
+if __name__ == "__main__":
+    main()
