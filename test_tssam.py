@@ -2001,8 +2001,8 @@ def test_the_benchmark(capfd, monkeypatch):
     out = capfd.readouterr().out
     assert "  80,177 of 3" in out and re.search(r"  mrm +\d\d,\d{3}  trained  5 of them\n", out)
     fused, sam = ([cell.strip() for cell in line.split("|")] for line in out.splitlines() if line.startswith("tiny |"))
-    assert (fused[:6], sam[:6]) == (["tiny", "64", "2", "fp32", name, "no"] for name in ("fused", "sam"))
-    for row in (fused, sam):
+    for row, attention in ((fused, "fused"), (sam, "sam")):
+        assert row[:6] == ["tiny", "64", "2", "fp32", attention, "no"]
         forward, per_second, megabytes, step, step_per_second, step_megabytes = map(float, row[6:12])
         assert 0 < forward < step and 0 < step_per_second < per_second
         assert 100 < megabytes < 8000 and 100 < step_megabytes < 8000
