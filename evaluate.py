@@ -761,24 +761,26 @@ def usable_device(text: str) -> torch.device:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {one_line(error)}") from error
 
 
-def add_machine_arguments(parser: Parser) -> None:
-    """The arguments train.py and evaluate.py share: how it is computed; they change no number by more than rounding."""
+def add_machine_arguments(parser: Parser) -> argparse._ArgumentGroup:
+    """The arguments train.py and evaluate.py share; returns their group."""
     default, cores = "cuda" if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
-    parser.add_argument(
+    group = parser.add_argument_group("machine; these change no number by more than rounding")
+    group.add_argument(
         "--workers",
         type=at_least(0),
         default=cores,
         help=f"processes that read images, and as many that score them; 0: none (here: {cores})",
     )
-    parser.add_argument(
+    group.add_argument(
         "--device", type=usable_device, default=default, help=f"cuda, cuda:1, cpu, ... (here: {default})"
     )
-    parser.add_argument(
+    group.add_argument(
         "--attention",
         choices=tuple(ATTENTIONS),
         default="fused",
         help="sam: the package's own, the same numbers slower and in more memory, to compare with (default fused)",
     )
+    return group
 
 
 def run(main: Callable[[], None]) -> None:
@@ -835,10 +837,12 @@ def parse_arguments() -> argparse.Namespace:
         InputError: arguments that do not go together.
     """
     parser = Parser(__doc__)
-    what = parser.add_mutually_exclusive_group(required=True)
+    group = parser.add_argument_group("what to score")
+    what = group.add_mutually_exclusive_group(required=True)
     what.add_argument("--ckpt", metavar="FILE", help="checkpoint of train.py, or of the authors' code")
     what.add_argument("--maps", type=Path, metavar="DIR", help="score saved maps, DIR/<data set>/<stem>.png")
-    parser.add_argument(
+    group.add_argument("--sam-checkpoint", metavar="FILE", help="SAM's weights (default: the file used in training)")
+    group.add_argument(
         "--data",
         type=Path,
         nargs="+",
@@ -847,24 +851,31 @@ def parse_arguments() -> argparse.Namespace:
         help="data sets (their test split, if they have one), folders above several, images without masks, or image"
         " files (default: the data it was validated on in training)",
     )
-    parser.add_argument(
-        "--protocol", choices=tuple(PROTOCOLS), help="(default paper; --maps knows the original protocol only)"
+
+    group = parser.add_argument_group("how to score it")
+    group.add_argument(
+        "--protocol",
+        choices=tuple(PROTOCOLS),
+        help="see above (default paper, as the released code scores; --maps knows the original protocol only)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--task", choices=("sod", "cod", "shadow"), help="what --maps show (default sod): shadows are scored by BER"
     )
-    parser.add_argument(
-        "--csv", type=Path, metavar="FILE", help="write the table there, in full precision (an older one goes)"
+
+    group = parser.add_argument_group("what to write")
+    group.add_argument(
+        "--csv", type=Path, metavar="FILE", help="the table, in full precision (an older one goes; default none)"
     )
-    parser.add_argument(
+    group.add_argument(
         "--save",
         type=Path,
         metavar="DIR",
-        help="write DIR/<data set>/<stem>.png, 8-bit maps at each image's own size, and overview.png beside them",
+        help="DIR/<data set>/<stem>.png, 8-bit maps at each image's own size, and overview.png beside them"
+        " (default none)",
     )
-    parser.add_argument("--sam-checkpoint", metavar="FILE", help="SAM's weights (default: the file used in training)")
-    parser.add_argument("--batch-size", type=at_least(1), default=2, help="images at a time (default 2)")
-    add_machine_arguments(parser)
+
+    group = add_machine_arguments(parser)
+    group.add_argument("--batch-size", type=at_least(1), default=2, help="images at a time (default 2: ours)")
     args = parser.parse_args()
     if args.maps is None:
         if args.task is not None:

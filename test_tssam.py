@@ -6,6 +6,7 @@ import functools
 import gc
 import hashlib
 import http.server
+import inspect
 import json
 import math
 import os
@@ -1946,6 +1947,27 @@ def test_models_with_either_attention_agree(arguments):
         build_tssam("tiny", SIZE, attention="flash")
 
 
+def test_the_scripts_take_either_attention(pairs_folder, monkeypatch, capsys):
+    used, use_attention = [], TSSAM.use_attention
+
+    def spy(self, attention):
+        used.append(attention)
+        use_attention(self, attention)
+
+    monkeypatch.setattr(TSSAM, "use_attention", spy)
+    arguments = ("--data", pairs_folder, *SMALL, "--epochs", 1)
+    tables = []
+    for attention in ("sam", "fused"):
+        chosen = ("--attention", attention)
+        assert script(monkeypatch, capsys, train, *arguments, "--out", attention, *chosen)[0] == 0
+        assert used[-1] == attention and json.loads(Path(attention, "args.json").read_text())["attention"] == attention
+        checkpoint = ("--ckpt", "sam/best.pt", "--csv", f"{attention}.csv", "--device", "cpu")
+        assert script(monkeypatch, capsys, evaluate, *checkpoint, *chosen)[0] == 0
+        assert used[-1] == attention
+        tables.append([*csv.DictReader(Path(f"{attention}.csv").read_text().splitlines())][0])
+    assert all(abs(float(tables[0][name]) - float(tables[1][name])) < 1e-4 for name in ("S", "E", "wF", "MAE"))
+
+
 def test_tables_follow_the_weights():
     model = tiny().eval()
     with torch.inference_mode():
@@ -2525,3 +2547,34 @@ def test_imports_run_one_way():
     sources = {name: Path(tssam.__file__).with_name(f"{name}.py").read_text() for name in ("tssam", "evaluate")}
     assert not re.search(r"^(import|from) (evaluate|train)", sources["tssam"], re.MULTILINE)
     assert not re.search(r"^(import|from) train", sources["evaluate"], re.MULTILINE)
+
+
+README = Path(tssam.__file__).with_name("README.md").read_text(encoding="utf-8")
+
+
+def test_the_reading_guide_is_true():
+    entries = re.findall(r"\[`([\w.]+)`\]\((\w+)\.py#L(\d+)-L(\d+)\)", README)
+    assert len(entries) > 12
+    for name, module, first, last in entries:
+        thing = functools.reduce(
+            getattr, name.split("."), {"tssam": tssam, "train": train, "evaluate": evaluate}[module]
+        )
+        lines, start = inspect.getsourcelines(thing)
+        assert (int(first), int(last)) == (start, start + len(lines) - 1), f"README: {name} is at {start}"
+
+
+def test_the_readme_names_what_there_is(monkeypatch, capsys):
+    for name in re.findall(r"`(test_\w+)`", README):
+        assert name in globals(), name
+    helps = ""
+    for module in (train, evaluate, tssam):
+        monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", "--help"])
+        with pytest.raises(SystemExit, match="0"):
+            module.main()
+        helps += capsys.readouterr().out
+    flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc_per_node", "--nproc"}
+    assert len(flags) > 15
+    for flag in flags:
+        assert re.search(rf"{flag}\b", helps), flag
+    for file in re.findall(r"\]\(((?!http|#)[^)#]+)", README):
+        assert Path(tssam.__file__).with_name(file.split("/")[0]).exists(), file

@@ -270,8 +270,9 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         InputError: arguments that do not go together.
     """
     parser = Parser(__doc__)
-    parser.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="(default sod)")
-    parser.add_argument(
+    group = parser.add_argument_group("data")
+    group.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="(default sod)")
+    group.add_argument(
         "--data",
         type=Path,
         nargs="+",
@@ -279,59 +280,65 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         metavar="DIR",
         help="data sets to train on, joined: their train split, or any folder of images beside one of masks",
     )
-    parser.add_argument(
+    group.add_argument(
         "--val",
         type=Path,
         nargs="+",
         action="extend",
         metavar="DIR",
-        help="data sets to validate on, joined (default: the test splits)",
+        help="data sets to validate on, joined (default: the test splits, as in the released code)",
     )
-    parser.add_argument("--sam", choices=tuple(ENCODERS), default="vit_h", help="SAM's encoder (default vit_h)")
-    parser.add_argument(
+    group.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
+
+    group = parser.add_argument_group("experiment; in brackets the default and its source")
+    group.add_argument(
+        "--sam", choices=tuple(ENCODERS), default="vit_h", help="SAM's encoder (vit_h: the paper's TS-SAM_H)"
+    )
+    group.add_argument(
         "--sam-checkpoint",
         metavar="FILE",
-        help="SAM's weights, or `random` for a random encoder (default: checkpoints/<published name>, downloaded there"
-        " if missing)",
+        help="SAM's weights, or `random` for a random encoder (checkpoints/<published name>, downloaded if missing)",
     )
-    parser.add_argument("--size", type=at_least(32, 16), default=1024, help="image side (default 1024)")
-    parser.add_argument("--epochs", type=at_least(1), help="(default 80; shadow 100)")
-    parser.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step, over all GPUs (default 8)")
-    parser.add_argument("--lr", type=positive, default=8e-4, help="first learning rate (default 8e-4)")
-    parser.add_argument(
+    group.add_argument("--size", type=at_least(32, 16), default=1024, help="image side (1024: released code)")
+    group.add_argument("--epochs", type=at_least(1), help="(80, shadow 100: paper)")
+    group.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step, over all GPUs (8: paper)")
+    group.add_argument("--lr", type=positive, default=8e-4, help="first learning rate (8e-4: paper)")
+    group.add_argument(
         "--recipe",
         choices=("paper", "released"),
         default="paper",
-        help="released: AdamW with weight decay 0.01 and horizontal flips, as in the authors' code (default paper)",
+        help="released: AdamW with weight decay 0.01 and horizontal flips, as in the released code (paper: Adam, none)",
     )
-    parser.add_argument("--csa-blocks", type=blocks, help="encoder blocks with a CSA, such as 2-11 (default: all)")
-    parser.add_argument("--mrm-blocks", type=blocks, help="encoder blocks with an MRM (default: the last 12)")
-    parser.add_argument(
-        "--out", type=Path, metavar="DIR", help="folder of the run (default runs/<task>-<sam>, or -2, -3, ...)"
+    group.add_argument("--csa-blocks", type=blocks, help="encoder blocks with a CSA, such as 2-11 (all: paper)")
+    group.add_argument("--mrm-blocks", type=blocks, help="encoder blocks with an MRM (the last 12: released code)")
+    group.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (0: ours)")
+    group.add_argument(
+        "--accumulate",
+        type=at_least(1),
+        default=1,
+        help="take a batch in so many parts, one after the other; batch norms see a part (1: ours)",
     )
-    parser.add_argument(
+    group.add_argument(
+        "--sync-bn", action="store_true", help="batch norm over all GPUs' images, not each GPU's own (off: paper)"
+    )
+    group.add_argument(
+        "--precision",
+        choices=tuple(PRECISIONS),
+        help="of the network; losses, FFT and metrics are fp32 (bf16 on a GPU that has it, else fp32: ours)",
+    )
+
+    group = parser.add_argument_group("run")
+    group.add_argument("--out", type=Path, metavar="DIR", help="its folder (default runs/<task>-<sam>, or -2, -3, ...)")
+    group.add_argument(
         "--resume",
         action="store_true",
         help="go on with the run in --out (without it: in runs/<task>-<sam>) from its last whole epoch",
     )
-    parser.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (default 0)")
-    parser.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
-    parser.add_argument(
-        "--accumulate",
-        type=at_least(1),
-        default=1,
-        help="take a batch in so many parts, one after the other (default 1)",
-    )
-    parser.add_argument(
+
+    group = add_machine_arguments(parser)
+    group.add_argument(
         "--grad-checkpoint", action="store_true", help="compute the encoder's blocks again in backward: less memory"
     )
-    parser.add_argument(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        help="of the network; losses, FFT and metrics are fp32 (default bf16 on a GPU that has it, else fp32)",
-    )
-    parser.add_argument("--sync-bn", action="store_true", help="batch norm over all GPUs' images, not each GPU's own")
-    add_machine_arguments(parser)
     args, stored = parser.parse_args(), None
     if args.resume:
         if args.out is None:

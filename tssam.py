@@ -16,14 +16,15 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
     Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H that of the last 12
     blocks). Down: a CSA merges it with f_csa, and the merged map comes back up (^) in place of the block's output.
 
-The encoder is the unmodified `ImageEncoderViT` of the `segment-anything` package. Notation: C the encoder's width (768
-in ViT-B), C1 = 256 the side stream's and C2 = 128 that of MRM and FFD, as in the paper; S the image's side in pixels
-(the paper's H and W) and g = S/16 its side in patches, ours. Feature maps are (B, channels, height, width), float32;
-only inside the encoder they are (B, g, g, C). "Source" in a docstring says where a decision comes from: the paper, the
-authors' released code where the paper is silent or differs, or ours.
+The encoder is the `ImageEncoderViT` of the `segment-anything` package, unmodified but for the way its attention is
+computed (`FusedAttention`: the same numbers in less memory; `attention="sam"` leaves it as it is). Notation: C the
+encoder's width (768 in ViT-B), C1 = 256 the side stream's and C2 = 128 that of MRM and FFD, as in the paper; S the
+image's side in pixels (the paper's H and W) and g = S/16 its side in patches, ours. Feature maps are (B, channels,
+height, width), float32; only inside the encoder they are (B, g, g, C). "Source" in a docstring says where a decision
+comes from: the paper, the authors' released code where the paper is silent or differs, or ours.
 
 After the network come the files it is kept in: SAM's published weights, the authors' released checkpoints, and our
-own, which hold the trained part alone.
+own, which hold the trained part alone. `python tssam.py` measures speed and memory.
 """
 
 import argparse
@@ -132,8 +133,8 @@ class Gate(nn.Sequential):
     """Gating unit, Eq. 4: tanh(W2 relu(W1 F)) * F, pixel by pixel; (B, C2, h, w) -> the same shape.
 
     W1 and W2 are linear maps over the channels without bias, initialised with a truncated normal of standard
-    deviation 0.02 (source: release). Backward computes the gate a second time from F: kept, its maps at S/4 would be a
-    seventh of a training step's memory.
+    deviation 0.02 (source: release). Backward computes the gate a second time from F (source: ours): its maps,
+    at S/4 in 13 MRM, are cheap to compute and much to keep.
     """
 
     def __init__(self, channels: int) -> None:
