@@ -2454,25 +2454,17 @@ def test_mirrored_items(pairs_folder):
 
 
 def test_chosen_blocks(pairs_folder, monkeypatch, capsys):
-    arguments = (
-        "--data",
-        pairs_folder / "train",
-        *SMALL,
-        "--epochs",
-        1,
-        "--csa-blocks",
-        "1-3",
-        "--mrm-blocks",
-        "0,2-3",
-    )
-    assert script(monkeypatch, capsys, train, *arguments, "--out", "run")[0] == 0
+    arguments = ("--data", pairs_folder / "train", *SMALL, "--epochs", 1)
+    chosen = ("--csa-blocks", "1-3", "--mrm-blocks", "0,2-3")
+    assert script(monkeypatch, capsys, train, *arguments, *chosen, "--out", "run")[0] == 0
     model, _ = load_checkpoint("run/last.pt")
     assert (model.config["csa_blocks"], model.config["mrm_blocks"]) == ([1, 2, 3], [0, 2, 3])
     for text, message in (
         ("a-b", "'a-b' names no blocks; write them as 2-11 or 0,3,5-7"),
+        ("3-1", "'3-1' names no blocks"),
         ("2-9", "csa_blocks: [2, 3, 4"),
     ):
-        code, out, err = script(monkeypatch, capsys, train, *arguments[:-4], "--csa-blocks", text)
+        code, out, err = script(monkeypatch, capsys, train, *arguments, "--csa-blocks", text)
         assert code == 2 and message in err
 
 
