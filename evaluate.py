@@ -40,7 +40,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from tssam import ATTENTIONS, TSSAM, InputError, load_checkpoint, one_line, write
+from tssam import ATTENTIONS, TSSAM, InputError, Parser, load_checkpoint, one_line, write
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Finding data sets
@@ -170,10 +170,10 @@ def not_found(root: Path, split: str) -> str:
         )
     there = [f.name for f in subfolders_of(root)]
     return (
-        f"{root}: no data set for the {split} split; looked, there and below, for a folder of images"
+        f"{root}: no data set for the {split} split; name the folder above images and masks (the folders there:"
+        f" {', '.join(there[:10]) or 'none'}); looked, letter case ignored, there and below for a folder of images"
         f" ({', '.join(IMAGE_FOLDERS)}) beside one of masks ({', '.join(MASK_FOLDERS)}),"
-        f" in a folder of the split ({', '.join(SPLIT_FOLDERS[split])}) where there is one;"
-        f" the folders there: {', '.join(there[:10]) or 'none'}"
+        f" in a folder of the split ({', '.join(SPLIT_FOLDERS[split])}) where there is one"
     )
 
 
@@ -727,16 +727,6 @@ def make_folder(path: Path, flag: str) -> None:
 # The script
 
 
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows a script's docstring as it is and whose errors are one line (exit code 2)."""
-
-    def __init__(self, doc: str) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
 def at_least(minimum: int, multiple_of: int = 1) -> Callable[[str], int]:
     """An argument that is a whole number of at least `minimum`, and a multiple of `multiple_of`."""
 
@@ -758,7 +748,7 @@ def usable_device(text: str) -> torch.device:
         torch.zeros(1, device=text).item()
         return torch.device(text)
     except (RuntimeError, AssertionError, ImportError) as error:
-        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {one_line(error)}") from error
+        raise argparse.ArgumentTypeError(f"{text!r} cannot be used here: {one_line(error)}; try cpu") from error
 
 
 def add_machine_arguments(parser: Parser) -> argparse._ArgumentGroup:

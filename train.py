@@ -43,7 +43,6 @@ from torch.utils.data import DataLoader, Sampler
 
 from evaluate import (
     Pairs,
-    Parser,
     add_machine_arguments,
     at_least,
     check_sizes,
@@ -63,6 +62,7 @@ from tssam import (
     PRECISIONS,
     TSSAM,
     InputError,
+    Parser,
     build_tssam,
     fingerprint,
     load_checkpoint,
@@ -397,7 +397,7 @@ def validate(model: TSSAM, pairs: list, args: argparse.Namespace, rank: int, wor
         for buffer in model.buffers():  # the batch norms' statistics, which are each process's own
             dist.broadcast(buffer, 0)
     with autocast(args):
-        scores = evaluate(model, pairs[rank::world], args.task, "paper", args.batch_size, args.workers)
+        scores = evaluate(model, pairs[rank::world], args.task, "paper", at_once(args, world), args.workers)
     if world > 1:
         shares: list = [None] * world
         dist.all_gather_object(shares, scores)
@@ -405,6 +405,11 @@ def validate(model: TSSAM, pairs: list, args: argparse.Namespace, rank: int, wor
         for share in shares[1:]:
             scores.join(share)
     return scores.results()
+
+
+def at_once(args: argparse.Namespace, world: int) -> int:
+    """Images a process takes through the network at once, in training and so in validation."""
+    return max(1, args.batch_size // (world * args.accumulate))
 
 
 def autocast(args: argparse.Namespace) -> torch.autocast:
@@ -427,7 +432,7 @@ def score_of(metrics: dict[str, float]) -> float:
 def draw_samples(model: TSSAM, pairs: list, args: argparse.Namespace, path: Path) -> None:
     """Draw the model's predictions of a few images beside their masks."""
     with tempfile.TemporaryDirectory() as folder, autocast(args):
-        evaluate(model, pairs, args.task, "paper", args.batch_size, 0, Path(folder))
+        evaluate(model, pairs, args.task, "paper", 1, 0, Path(folder))
         save_overview([(i.stem, i, m, Path(folder) / f"{i.stem}.png") for i, m in pairs], path)
 
 
@@ -559,17 +564,14 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
     val_pairs = [pair for s in val_sets for pair in s.pairs]
     if rank == 0:
         check_sizes(train_set.pairs + val_pairs)
-    images = {"--data": names_of(train_set.pairs), "--val": names_of(val_pairs)}
+    names = {"--data": names_of(train_set.pairs), "--val": names_of(val_pairs)}
     if stored is not None:
-        for flag, names in images.items():
-            if names != stored["images"][flag]:
+        for flag in names:
+            if names[flag] != stored["images"][flag]:
                 raise InputError(f"--resume: {flag} has other images than the run in {args.out}")
         if world != stored["world"] and rank == 0:
-            print(
-                f"warning: this run had {stored['world']} processes, not {world}: its batch norms saw other parts of a"
-                " batch",
-                file=sys.stderr,
-            )
+            text = f"this run had {stored['world']} processes, not {world}: its batch norms saw other parts of a batch"
+            print(f"warning: {text}", file=sys.stderr)
 
     # Model. The encoder's random weights are the first that are drawn from the seed: load_checkpoint draws them again.
     if args.sam_checkpoint == "random" and rank == 0:
@@ -594,7 +596,7 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
         sam_checkpoint=str(Path(weights).resolve()) if weights else None,
         val=[str(s.folder.resolve()) for s in val_sets],
         args={name: plain(value) for name, value in vars(args).items()},
-        images=images,
+        images=names,
         world=world,
     )
     model.grad_checkpoint = args.grad_checkpoint
@@ -685,9 +687,7 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
     for epoch in range(done + 1, args.epochs + 1):
         net.train()
         batches.set_epoch(epoch)
-        torch.manual_seed(
-            args.seed + epoch
-        )  # nothing draws from it today; what will is to follow from seed and epoch too
+        torch.manual_seed(args.seed + epoch)  # the random state, like the order of images, follows from seed and epoch
         seen, lr, start = torch.zeros(2, dtype=torch.float64), optimizer.param_groups[0]["lr"], time.monotonic()
         with progress(len(train_set), f"epoch {epoch}/{args.epochs}") as bar:
             for part, (images, masks) in zip(batches.parts, loader, strict=True):
@@ -746,7 +746,7 @@ def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) 
         masks = args.out / "masks"
         masks.mkdir(exist_ok=True)
         with autocast(args):
-            scores = evaluate(model, val_pairs, args.task, "paper", args.batch_size, args.workers, masks)
+            scores = evaluate(model, val_pairs, args.task, "paper", at_once(args, world), args.workers, masks)
         shown = [(image.stem, image, mask, masks / f"{image.stem}.png") for image, mask in val_pairs[:6]]
         save_overview(shown, args.out / "demo.png")
         say(f"demo:  {show(scores.results())} on {len(val_pairs)} unseen images; masks in {masks}")

@@ -18,10 +18,11 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
 
 The encoder is the `ImageEncoderViT` of the `segment-anything` package, unmodified but for the way its attention is
 computed (`FusedAttention`: the same numbers in less memory; `attention="sam"` leaves it as it is). Notation: C the
-encoder's width (768 in ViT-B), C1 = 256 the side stream's and C2 = 128 that of MRM and FFD, as in the paper; S the
-image's side in pixels (the paper's H and W) and g = S/16 its side in patches, ours. Feature maps are (B, channels,
-height, width), float32; only inside the encoder they are (B, g, g, C). "Source" in a docstring says where a decision
-comes from: the paper, the authors' released code where the paper is silent or differs, or ours.
+encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD, the paper's letters (256 and 128 are
+the release's); S the image's side in pixels (the paper's H and W) and g = S/16 its side in patches, ours. Feature maps
+are (B, channels, height, width), in float32 or autocast's precision; only inside the encoder they are (B, g, g, C).
+"Source" in a docstring says where a decision comes from: the paper, the authors' released code where the paper is
+silent or differs, or ours.
 
 After the network come the files it is kept in: SAM's published weights, the authors' released checkpoints, and our
 own, which hold the trained part alone. `python tssam.py` measures speed and memory.
@@ -157,7 +158,8 @@ class MRM(nn.Module):
         Eq. 4   G^k = tanh(W2 relu(W1 F^k)) * F^k       the gate
         Eq. 5   F_mrm^k' = G^k + F_mrm^k                the first MRM has nothing to add to
 
-    k counts as in the release; the example in the paper's II-D, S/8 first, may count the other way round.
+    k counts as in the release. The paper's II-D injects the S/8 map first and calls the finer one F^2, so its k seems
+    to count the other way round.
 
     Args:
         width: C, channels of the encoder's map (the neck's for the last MRM).
@@ -203,6 +205,7 @@ class FFD(nn.Module):
         Eq. 9   x = upsample(x)                                           2x, bilinear, corners aligned
         Eq. 10  x = conv3x3([x, F_mrm^k])                                 stage 2: the whole features
 
+    x is the paper's F_in,csa, then F_stage1,csa, that upsampled, and F_stage2,csa; F_in is F_in,mrm and key F_key,mrm.
     Source: paper; `conv` is 3x3 as in the release, where the paper writes 1x1 (Eq. 6 and the sentence before it): only
     3x3 gives the paper's 29.44 M trained parameters. The 1x1 convolution to one channel and the upsampling's corners
     are the release's.
@@ -861,15 +864,24 @@ def measure(
     return statistics.median(seconds), peak_memory(device), sdpa.served
 
 
+class Parser(argparse.ArgumentParser):
+    """An ArgumentParser that shows a script's docstring as it is and whose errors are one line (exit code 2)."""
+
+    def __init__(self, doc: str) -> None:
+        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+
+    def error(self, message: str) -> None:
+        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
+
+
 def main() -> None:
     """Print the parameters of models, and a row of measurements for each combination of the options."""
-    parser = argparse.ArgumentParser(
-        description="Seconds and peak memory of TS-SAM with random weights, a process for each figure; comma lists give"
-        " rows. On a GPU memory is what PyTorch allocated there, on a CPU the process's peak RSS.",
-        allow_abbrev=False,
+    parser = Parser(
+        "Seconds and peak memory of TS-SAM with random weights, a process for each figure; comma lists give rows.\n"
+        "On a GPU memory is what PyTorch allocated there, on a CPU the process's peak RSS."
     )
 
-    def choices(*known: str):
+    def choices(*known: str) -> Callable[[str], list[str]]:
         """An argument that is a comma list of `known`."""
 
         def parse(text: str) -> list[str]:
@@ -887,22 +899,26 @@ def main() -> None:
         return [int(number) for number in text.split(",")]
 
     options = {
-        "sam": (choices(*ENCODERS), ["vit_b"]),
-        "size": (numbers, [1024]),
-        "batch_size": (numbers, [1]),
-        "precision": (choices(*PRECISIONS), ["fp32"]),
-        "attention": (choices(*ATTENTIONS), ["fused"]),
-        "grad_checkpoint": (choices("no", "yes"), ["no"]),
+        "sam": (choices(*ENCODERS), ["vit_b"], ", ".join(ENCODERS)),
+        "size": (numbers, [1024], "image sides, multiples of 16"),
+        "batch_size": (numbers, [1], "images at a time"),
+        "precision": (choices(*PRECISIONS), ["fp32"], ", ".join(PRECISIONS)),
+        "attention": (choices(*ATTENTIONS), ["fused"], "fused, sam (the package's own)"),
+        "grad_checkpoint": (choices("no", "yes"), ["no"], "no, yes (blocks computed again in backward)"),
     }
-    for name, (kind, default) in options.items():
-        parser.add_argument(
-            f"--{name.replace('_', '-')}", type=kind, default=default, help=f"(default {','.join(map(str, default))})"
-        )
+    for name, (kind, default, values) in options.items():
+        text = f"comma list of {values} (default {default[0]})"
+        parser.add_argument(f"--{name.replace('_', '-')}", metavar="LIST", type=kind, default=default, help=text)
     args = vars(parser.parse_args())
 
-    for sam in args["sam"]:
-        with torch.device("meta"):
-            model = build_tssam(sam, args["size"][0])
+    for sam, size in itertools.product(args["sam"], args["size"]):
+        try:
+            with torch.device("meta"):
+                model = build_tssam(sam, size)
+        except InputError as error:
+            parser.error(str(error))
+        if size != args["size"][0]:
+            continue
         print(f"{sam}: parameters")
         for name, module in model.named_children():
             of_module = [(p.numel(), p.requires_grad) for p in module.parameters()]
