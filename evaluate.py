@@ -768,7 +768,7 @@ def add_machine_arguments(parser: Parser) -> argparse._ArgumentGroup:
         "--attention",
         choices=tuple(ATTENTIONS),
         default="fused",
-        help="sam: the package's own, the same numbers slower and in more memory, to compare with (default fused)",
+        help="sam: the package's own, the same numbers in more memory, to compare with (default fused)",
     )
     return group
 

@@ -512,7 +512,7 @@ def build_tssam(
         high_freq: with the high-frequency embedding (shadow detection).
         sam_checkpoint: SAM's weights for `sam`, as published; None leaves the encoder randomly initialised.
         csa_blocks, mrm_blocks: the encoder blocks with a CSA, an MRM; None: as in the paper (see `TSSAM`).
-        attention: `fused`, or `sam` for the package's own: the same numbers, slower and in more memory.
+        attention: `fused`, or `sam` for the package's own: the same numbers in more memory.
 
     Raises:
         InputError: an argument no model can have, or a file that does not hold this encoder.
