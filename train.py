@@ -1,82 +1,39 @@
 """Train TS-SAM.
 
     python train.py --task sod --data DUTS          TS-SAM_H as in the paper; --sam vit_b for TS-SAM_B
-    python train.py --task cod --data COD --val COD/TestDataset/CAMO
+    python train.py --task cod --data COD           validates on CAMO's test images
     python train.py --task shadow --data ISTD       with the high-frequency embedding, 100 epochs
-    python train.py --demo                          draws a small data set and trains on it: no GPU, no downloads
+    python train.py --demo                          draws a small dataset and trains on it: no GPU, no downloads
 
 The defaults are the paper's values: Adam, learning rate 8e-4 falling along a cosine, a batch of 8, 80 epochs (shadows
 100), no augmentation but the resize (to 1024 x 1024, as in the released code). After every epoch the model is scored on
 the validation set; `last.pt` and `best.pt` (best S-measure, for shadows best BER) appear under --out, for
-`evaluate.py --ckpt`. A run that was stopped goes on with --resume; `torchrun --nproc_per_node 4 train.py ...` shares it
+`evaluate.py --ckpt`. --resume continues a run that was stopped; `torchrun --nproc_per_node 4 train.py ...` shares it
 among four GPUs.
 """
 
 import argparse
-import csv
-import errno
-import hashlib
-import json
 import math
 import os
-import re
 import shlex
-import signal
 import sys
 import tempfile
 import time
-from contextlib import nullcontext, suppress
-from dataclasses import dataclass
 from datetime import timedelta
-from itertools import chain, count
+from functools import partial, reduce
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DataLoader, Sampler
+from torch import Tensor
+from torch.utils.data import DataLoader
 
-from evaluate import (
-    Pairs,
-    add_machine_arguments,
-    at_least,
-    check_sizes,
-    evaluate,
-    find_sets,
-    leave_signals,
-    make_folder,
-    progress,
-    run,
-    save_overview,
-    search,
-    show,
-    write_csv,
-)
-from tssam import (
-    ENCODERS,
-    PRECISIONS,
-    TSSAM,
-    InputError,
-    Parser,
-    build_tssam,
-    fingerprint,
-    load_checkpoint,
-    load_file,
-    peak_memory,
-    sam_weights,
-    save_checkpoint,
-    write,
-)
-
-try:
-    import fcntl
-except ImportError:  # Windows
-    fcntl = None
+import evaluate
+import tssam
+from tssam import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Losses (source: paper; their form from the release), in float32 whatever the logits are
@@ -85,31 +42,23 @@ except ImportError:  # Windows
 def bce_iou(logits: Tensor, masks: Tensor) -> Tensor:
     """Camouflaged and salient objects: BCE + (1 - IoU), the IoU of each image's sigmoid map, averaged.
 
-    Args:
-        logits, masks: (B, 1, S, S); masks of 0 and 1.
-
-    Returns:
-        Scalar, float32.
+    logits, masks (B, 1, S, S), masks of 0 and 1 -> scalar, float32.
     """
     logits, masks = logits.float(), masks.float()
     probability = logits.sigmoid()
     intersection = (probability * masks).sum(dim=(1, 2, 3))
     union = (probability + masks).sum(dim=(1, 2, 3)) - intersection
-    iou = intersection / union.clamp_min(1e-6)  # an empty mask rightly predicted leaves 0 / 0
+    iou = intersection / union.clamp_min(1e-6)  # an empty mask, predicted empty, leaves 0 / 0
     return F.binary_cross_entropy_with_logits(logits, masks) + (1 - iou).mean()
 
 
 def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
-    """Shadows: P/(P+N) * BCE(pos_weight = N/P), with P positive and N negative pixels in the batch (with several GPUs
-    or --accumulate: in what one of them takes at once, as in the release).
+    """Shadows: P/(P+N) * BCE(pos_weight = N/P), with P positive and N negative pixels in the batch (on several GPUs or
+    with --accumulate: in the part of it that passes the network at once, as in the release).
 
-    Written as what that is, positive pixels weighing N/(P+N) and negative ones P/(P+N), which P = 0 does not break.
+    Written as positive pixels weighing N/(P+N) and negative ones P/(P+N), which is the same and allows P = 0.
 
-    Args:
-        logits, masks: (B, 1, S, S); masks of 0 and 1.
-
-    Returns:
-        Scalar, float32.
+    logits, masks (B, 1, S, S), masks of 0 and 1 -> scalar, float32.
     """
     logits, masks = logits.float(), masks.float()
     positive = masks.mean()
@@ -118,7 +67,7 @@ def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The demo's data set
+# The demo's dataset
 
 
 def draw_demo(root: Path) -> None:
@@ -164,594 +113,307 @@ def draw_demo(root: Path) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The order of images
-
-
-@dataclass(frozen=True)
-class Part:
-    """What one process takes through the network at once: (index, flipped) of its images, the share of the whole batch
-    they are, and whether the batch's step follows."""
-
-    items: list[tuple[int, bool]]
-    share: float
-    last: bool
-
-
-class Batches(Sampler):
-    """The batches of an epoch for one of `world` processes, each cut into at most `accumulate` parts.
-
-    The order (and, with `flip`, which images are mirrored) follows from seed and epoch alone. A batch is dealt out to
-    the processes image by image, so that none is seen twice or left out; only a last one that is smaller than `world`
-    is dropped (`dropped` says how many images that is).
-    """
-
-    def __init__(
-        self, images: int, batch_size: int, accumulate: int, rank: int, world: int, seed: int, flip: bool
-    ) -> None:
-        self.images, self.batch_size, self.accumulate = images, batch_size, accumulate
-        self.rank, self.world, self.seed, self.flip = rank, world, seed, flip
-        self.dropped = images % batch_size if images % batch_size < world else 0
-        self.set_epoch(1)
-
-    def set_epoch(self, epoch: int) -> None:
-        rng = np.random.default_rng((self.seed, epoch))
-        order = rng.permutation(self.images)
-        flipped = rng.random(self.images) < (0.5 if self.flip else 0)
-        self.parts: list[Part] = []
-        for start in range(0, self.images - self.dropped, self.batch_size):
-            batch = order[start : start + self.batch_size]
-            count = min(self.accumulate, len(batch) // self.world)  # the same in every process
-            for i, part in enumerate(np.array_split(batch[self.rank :: self.world], count), start=1):
-                items = [(int(index), bool(flipped[index])) for index in part]
-                self.parts.append(Part(items, len(part) / len(batch), i == count))
-
-    def __iter__(self):
-        return iter(part.items for part in self.parts)
-
-    def __len__(self) -> int:
-        return len(self.parts)
-
-
-# ---------------------------------------------------------------------------------------------------------------------
 # The script
-
-
-def free_folder(path: Path) -> Path:
-    """`path`, or the first of path-2, path-3, ... that does not exist."""
-    candidates = chain([path], (path.with_name(f"{path.name}-{number}") for number in count(2)))
-    return next(candidate for candidate in candidates if not candidate.exists())
-
 
 # Enough for a few shapes, two CPU cores and a minute or two; what is given on the command line still counts.
 DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "batch_size": 4, "lr": 2e-3}
 
-# With another value of one of these, a resumed run would be another experiment.
-EXPERIMENT = (
-    *("task", "sam", "size", "epochs", "batch_size", "accumulate", "lr", "recipe", "precision", "seed", "demo"),
-    *("csa_blocks", "mrm_blocks", "sync_bn"),
-)
-MACHINE = ("workers", "device", "grad_checkpoint", "resume")  # what a resumed run takes anew
-SAMPLES = 4  # images in samples.png
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-
-def positive(text: str) -> float:
-    """An argument that is a finite number above zero."""
-    if not 0 < float(text) < math.inf:
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
-    return float(text)
-
-
-def blocks(text: str) -> list[int]:
-    """An argument that names encoder blocks, counted from 0: `2-11`, or `0,3,5-7`."""
-    chosen: set[int] = set()
-    for part in text.split(","):
-        match = re.fullmatch(r"(\d{1,3})(?:-(\d{1,3}))?", part)
-        named = range(int(match[1]), int(match[2] or match[1]) + 1) if match else ()
-        if not named:
-            raise argparse.ArgumentTypeError(f"{text!r} names no blocks; write them as 2-11 or 0,3,5-7")
-        chosen |= set(named)
-    return sorted(chosen)
-
-
-def plain(value: object) -> object:
-    """An argument's value as files can hold it; paths in full, so that they hold anywhere."""
-    if isinstance(value, list):
-        return [plain(v) for v in value]
-    if isinstance(value, Path):
-        return str(value.resolve())
-    return value if value is None or isinstance(value, (bool, int, float, str)) else str(value)
+# A resumed run takes these from last.pt; with another value it would be another experiment.
+EXPERIMENT = ("task", "sam", "size", "epochs", "batch_size", "lr", "recipe", "precision", "seed", "demo")
+EXPERIMENT += ("csa_blocks", "mrm_blocks")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
-    """The command line, and for what it leaves out the paper's values (with --demo: the demo's; with --resume: the
-    run's). With --resume also the content of the run's last.pt, else None.
-
-    Raises:
-        InputError: arguments that do not go together.
-    """
-    parser = Parser(__doc__)
+    """The command line; with --resume also the content of the run's last.pt, which fills in what it leaves out."""
+    parser = evaluate.Parser(__doc__)
     group = parser.add_argument_group("data")
     group.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="(default sod)")
-    group.add_argument(
-        "--data",
-        type=Path,
-        nargs="+",
-        action="extend",
-        metavar="DIR",
-        help="data sets to train on, joined: their train split, or any folder of images beside one of masks",
-    )
-    group.add_argument(
-        "--val",
-        type=Path,
-        nargs="+",
-        action="extend",
-        metavar="DIR",
-        help="data sets to validate on, joined (default: the test splits, as in the released code)",
-    )
-    group.add_argument("--demo", action="store_true", help=f"draw a small data set and train on it, with {DEMO}")
+    text = "datasets to train on, joined: their train split, or a folder of images beside one of masks"
+    group.add_argument("--data", type=Path, nargs="+", metavar="DIR", help=text)
+    text = "datasets to validate on, joined (default: the test splits of --data; cod: CAMO's, if it is among them)"
+    group.add_argument("--val", type=Path, nargs="+", metavar="DIR", help=text)
+    group.add_argument("--demo", action="store_true", help=f"draw a small dataset and train on it, with {DEMO}")
 
     group = parser.add_argument_group("experiment; in brackets the default and its source")
-    group.add_argument(
-        "--sam", choices=tuple(ENCODERS), default="vit_h", help="SAM's encoder (vit_h: the paper's TS-SAM_H)"
-    )
-    group.add_argument(
-        "--sam-checkpoint",
-        metavar="FILE",
-        help="SAM's weights, or `random` for a random encoder (checkpoints/<published name>, downloaded if missing)",
-    )
-    group.add_argument("--size", type=at_least(32, 16), default=1024, help="image side (1024: released code)")
-    group.add_argument("--epochs", type=at_least(1), help="(80, shadow 100: paper)")
-    group.add_argument("--batch-size", type=at_least(1), default=8, help="images in a step, over all GPUs (8: paper)")
-    group.add_argument("--lr", type=positive, default=8e-4, help="first learning rate (8e-4: paper)")
-    group.add_argument(
-        "--recipe",
-        choices=("paper", "released"),
-        default="paper",
-        help="released: AdamW with weight decay 0.01 and horizontal flips, as in the released code (paper: Adam, none)",
-    )
-    group.add_argument("--csa-blocks", type=blocks, help="encoder blocks with a CSA, such as 2-11 (all: paper)")
-    group.add_argument("--mrm-blocks", type=blocks, help="encoder blocks with an MRM (the last 12: released code)")
-    group.add_argument("--seed", type=at_least(0), default=0, help="of weights and order of images (0: ours)")
-    group.add_argument(
-        "--accumulate",
-        type=at_least(1),
-        default=1,
-        help="take a batch in so many parts, one after the other; batch norms see a part (1: ours)",
-    )
-    group.add_argument(
-        "--sync-bn", action="store_true", help="batch norm over all GPUs' images, not each GPU's own (off: paper)"
-    )
-    group.add_argument(
-        "--precision",
-        choices=tuple(PRECISIONS),
-        help="of the network; losses, FFT and metrics are fp32 (bf16 on a GPU that has it, else fp32: ours)",
-    )
+    text = "SAM's encoder (vit_h: the paper's TS-SAM_H)"
+    group.add_argument("--sam", choices=tuple(tssam.ENCODERS), default="vit_h", help=text)
+    text = "SAM's weights, or `random` for a random encoder (checkpoints/<published name>, downloaded if missing)"
+    group.add_argument("--sam-checkpoint", metavar="FILE", help=text)
+    group.add_argument("--size", type=int, default=1024, help="image side, a multiple of 16 (1024: released code)")
+    group.add_argument("--epochs", type=int, help="(80, shadow 100: paper)")
+    group.add_argument("--batch-size", type=int, default=8, help="images in a step, over all GPUs (8: paper)")
+    group.add_argument("--lr", type=float, default=8e-4, help="first learning rate (8e-4: paper)")
+    text = "released: AdamW with weight decay 0.01 and horizontal flips, as in the released code (paper: Adam, none)"
+    group.add_argument("--recipe", choices=("paper", "released"), default="paper", help=text)
+    text = "encoder blocks with a CSA, counted from 0, such as 2 3 4 (all: paper)"
+    group.add_argument("--csa-blocks", type=int, nargs="+", metavar="N", help=text)
+    text = "encoder blocks with an MRM (the last 12: released code)"
+    group.add_argument("--mrm-blocks", type=int, nargs="+", metavar="N", help=text)
+    group.add_argument("--seed", type=int, default=0, help="of initial weights and order of images (0: ours)")
+    text = "of the network; losses, FFT and metrics are fp32 (bf16 on a GPU that has it, else fp32: ours)"
+    group.add_argument("--precision", choices=tuple(PRECISIONS), help=text)
 
     group = parser.add_argument_group("run")
-    group.add_argument("--out", type=Path, metavar="DIR", help="its folder (default runs/<task>-<sam>, or -2, -3, ...)")
-    group.add_argument(
-        "--resume",
-        action="store_true",
-        help="go on with the run in --out (without it: in runs/<task>-<sam>) from its last whole epoch",
-    )
+    group.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default runs/<task>-<sam>)")
+    group.add_argument("--resume", action="store_true", help="continue the run in --out after its last whole epoch")
 
-    group = add_machine_arguments(parser)
-    group.add_argument(
-        "--grad-checkpoint", action="store_true", help="compute the encoder's blocks again in backward: less memory"
-    )
+    group = evaluate.add_machine_arguments(parser)
+    text = "pass a batch in so many parts, one after the other; batch norms see one part at a time (default 1)"
+    group.add_argument("--accumulate", type=int, default=1, help=text)
+    text = "compute the encoder's blocks again in backward: less memory"
+    group.add_argument("--grad-checkpoint", action="store_true", help=text)
+
     args, stored = parser.parse_args(), None
-    if args.resume:
-        if args.out is None:
-            args.out = Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
-        stored = load_file(args.out / "last.pt")
-        folders = {"data": args.data, "val": args.val, "out": args.out}  # which may have moved
-        if not ({"args", "optimizer", "epoch"} <= stored.keys() and {*EXPERIMENT, *folders} <= stored["args"].keys()):
-            raise InputError(f"--resume: {args.out / 'last.pt'} is not the last.pt of a run of this train.py")
-        parser.set_defaults(**{n: v for n, v in stored["args"].items() if n not in MACHINE and n not in folders})
-        args = parser.parse_args()
-        changed = [name for name in EXPERIMENT if plain(getattr(args, name)) != stored["args"][name]]
-        if (args.sam_checkpoint == "random") != (stored["encoder_seed"] is not None):
-            changed.append("sam_checkpoint")
-        if changed:
-            names = ", ".join(
-                f"--{n.replace('_', '-')} {getattr(args, n)} (it has {stored['args'][n]})" for n in changed
-            )
-            raise InputError(f"--resume: that would be another experiment than {folders['out']}: {names}")
-        for name, value in folders.items():
-            kept = stored["args"][name]
-            setattr(args, name, value or (kept and [Path(folder) for folder in kept]))
-        if args.demo:
-            args.data = [args.out / "DUTS"]
-        return args, stored
     if args.demo:
-        if args.data or args.val:
-            raise InputError("--demo draws its own data set; leave out --data and --val")
         parser.set_defaults(**DEMO)
         args = parser.parse_args()
+    args.out = args.out or Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
+    if args.resume:
+        stored = tssam.load_file(args.out / "last.pt")
+        if "optimizer" not in stored:
+            raise InputError(f"--resume: {args.out / 'last.pt'} is not the last.pt of a run of this train.py")
+        parser.set_defaults(**stored["args"], out=args.out)
+        args = parser.parse_args()
+        args.data, args.val = ([Path(d) for d in dirs] if dirs else None for dirs in (args.data, args.val))
+        for name in EXPERIMENT:
+            if getattr(args, name) != stored["args"][name]:
+                flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
+                raise InputError(f"--resume: {flag} would be another experiment; this one has {stored['args'][name]}")
+    elif args.demo:
+        if args.data or args.val:
+            raise InputError("--demo: draws its own dataset; leave out --data and --val")
+        args.data = [args.out / "DUTS"]
     elif args.data is None:
-        raise InputError("--data: name the data set to train on, or try --demo")
+        raise InputError("--data: name the dataset to train on, or try --demo")
     if args.epochs is None:
         args.epochs = 100 if args.task == "shadow" else 80
+    evaluate.check_arguments(args, ("size", "epochs", "batch_size", "lr", "accumulate"))
     if args.precision is None:
-        has_bf16 = args.device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
+        has_bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
         args.precision = "bf16" if has_bf16 else "fp32"
-    return args, None
+    return args, stored
 
 
-def join_processes(device: torch.device) -> tuple[int, int]:
-    """(this process's number, how many there are): as torchrun started them, else (0, 1)."""
-    if "TORCHELASTIC_RUN_ID" not in os.environ:
-        return 0, 1
-    patience = timedelta(hours=3)  # the first process may have SAM's weights to download while the others wait
-    if device.type == "cuda":
-        torch.cuda.set_device(device)
-        dist.init_process_group("nccl", timeout=patience, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=patience)
-    return dist.get_rank(), dist.get_world_size()
+def parts_of(
+    pairs: list[tuple[Path, Path]], args: argparse.Namespace, epoch: int, part_size: int, rank: int, world: int
+) -> list[list[tuple[Path, Path, bool]]]:
+    """What process `rank` passes through the network in an epoch: lists of (image, mask, whether to mirror them).
 
-
-def validate(model: TSSAM, pairs: list, args: argparse.Namespace, rank: int, world: int) -> dict[str, float]:
-    """The metrics over all `pairs`, of which each process scores its share with the weights of the first."""
-    if world > 1:
-        for buffer in model.buffers():  # the batch norms' statistics, which are each process's own
-            dist.broadcast(buffer, 0)
-    with autocast(args):
-        scores = evaluate(model, pairs[rank::world], args.task, "paper", at_once(args, world), args.workers)
-    if world > 1:
-        shares: list = [None] * world
-        dist.all_gather_object(shares, scores)
-        scores = shares[0]
-        for share in shares[1:]:
-            scores.join(share)
-    return scores.results()
-
-
-def at_once(args: argparse.Namespace, world: int) -> int:
-    """Images a process takes through the network at once, in training and so in validation."""
-    return max(1, args.batch_size // (world * args.accumulate))
-
-
-def autocast(args: argparse.Namespace) -> torch.autocast:
-    """The network's precision, for a `with`; outside of it, and in fp32, all is float32."""
-    dtype = PRECISIONS[args.precision]
-    return torch.autocast(args.device.type, dtype, enabled=dtype != torch.float32)
-
-
-def wait_for_all(world: int) -> None:
-    """Go on when every process has come here."""
-    if world > 1:
-        dist.barrier()
-
-
-def score_of(metrics: dict[str, float]) -> float:
-    """What the best epoch has most of: S-measure, or for shadows the least BER."""
-    return -metrics["BER"] if "BER" in metrics else metrics["S"]
-
-
-def draw_samples(model: TSSAM, pairs: list, args: argparse.Namespace, path: Path) -> None:
-    """Draw the model's predictions of a few images beside their masks."""
-    with tempfile.TemporaryDirectory() as folder, autocast(args):
-        evaluate(model, pairs, args.task, "paper", 1, 0, Path(folder))
-        save_overview([(i.stem, i, m, Path(folder) / f"{i.stem}.png") for i, m in pairs], path)
-
-
-class Log:
-    """`log.csv` under the run's folder, a row an epoch; where the tensorboard package is installed, its files too."""
-
-    def __init__(self, folder: Path, done: int, rank: int) -> None:
-        """Go on with the log that is there, from the epoch after `done`; only the first process writes."""
-        self.file, self.rows, self.board = folder / "log.csv", [], None
-        if done > 0 and self.file.exists():
-            try:
-                with self.file.open(newline="") as file:
-                    self.rows = [row for row in csv.DictReader(file) if int(row["epoch"]) <= done]
-            except (OSError, ValueError, KeyError) as error:
-                raise InputError(f"{self.file}: not the log of a run; move it away to start a new one") from error
-        if rank == 0:
-            with suppress(ImportError):
-                from torch.utils.tensorboard import SummaryWriter
-
-                self.board = SummaryWriter(str(folder), purge_step=len(self.rows) + 1)
-
-    def add(self, row: dict, picture: Path | None) -> None:
-        self.rows.append(row)
-        write_csv(self.rows, tuple(row), self.file)
-        if self.board is not None:
-            for name, value in row.items():
-                self.board.add_scalar(name, value, row["epoch"])
-            if picture is not None:
-                with Image.open(picture) as image:
-                    self.board.add_image("samples", np.array(image), row["epoch"], dataformats="HWC")
-            self.board.flush()
+    The order follows from seed and epoch alone. An incomplete last batch is dropped; each batch is cut into world x
+    accumulate parts, of which every process takes its own.
+    """
+    rng = np.random.default_rng((args.seed, epoch))
+    order = rng.permutation(len(pairs))
+    mirrored = rng.random(len(pairs)) < (0.5 if args.recipe == "released" else 0)
+    order = order[: len(pairs) // args.batch_size * args.batch_size].reshape(-1, world, part_size)
+    return [[(*pairs[i], bool(mirrored[i])) for i in part] for part in order[:, rank]]
 
 
 def main() -> None:
     args, stored = parse_arguments()
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as with Ctrl-C
-    rank, world = join_processes(args.device)
-    try:
-        train(args, stored, rank, world)
-    except KeyboardInterrupt:
-        if rank > 0:
-            sys.exit(130)  # the first process says it
-        last, how = args.out / "last.pt" if args.out is not None else None, "no epoch was finished"
-        if last is not None and last.exists():
-            start = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
-            again = f"{start} train.py --resume --out {shlex.quote(str(args.out))}"
-            how = f"`{again}` goes on after epoch {load_file(last)['epoch']}"
-        raise KeyboardInterrupt(f"stopped; {how}") from None
-    except RuntimeError as error:
-        if world > 1 and re.search("onnection (closed|reset)", str(error)):  # gloo's; NCCL's end with torchrun
-            raise InputError("another process has stopped; its own message says why") from error
-        raise
-    finally:
-        if world > 1:
-            dist.destroy_process_group()
-
-
-def lock(folder: Path) -> TextIO | None:
-    """Keep other runs out of a folder as long as what is returned is open, and this process lives.
-
-    Raises:
-        InputError: another run is going on in it.
-    """
-    if fcntl is None:
-        return None
-    file = (folder / ".lock").open("w")
-    try:
-        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)  # unlike flock's, not kept on by a killed run's workers
-    except OSError as error:
-        if error.errno in (errno.EACCES, errno.EAGAIN):
-            raise InputError(f"--out: a run is going on in {folder}; name another folder") from error
-    return file
-
-
-def names_of(pairs: list[tuple[Path, Path]]) -> str:
-    """sha256 of the images' names in their order, which the order of an epoch builds on."""
-    return hashlib.sha256("\n".join(image.name for image, _ in pairs).encode(errors="surrogateescape")).hexdigest()
-
-
-def train(args: argparse.Namespace, stored: dict | None, rank: int, world: int) -> None:
-    """The whole run in one of `world` processes; `stored` is the content of the last.pt it goes on from."""
-
-    def say(*text: object, **options) -> None:
-        if rank == 0:
-            print(*text, **options, flush=True)
-
-    # The run's folder, which the first process chooses
-    if args.out is None:
-        args.out = free_folder(Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}"))
-    if world > 1:
-        chosen = [args.out]
-        dist.broadcast_object_list(chosen)
-        args.out = chosen[0]
-    if args.out.exists() and not args.out.is_dir():
-        raise InputError(f"--out: {args.out} is a file; name a folder")
-    last, best = args.out / "last.pt", args.out / "best.pt"
-    if stored is None and (last.exists() or best.exists()):
-        raise InputError(f"--out: {args.out} holds a run; go on with it by --resume, or name another folder")
-    if args.batch_size < world * args.accumulate:
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
+    on_cuda, last, best = args.device.startswith("cuda"), args.out / "last.pt", args.out / "best.pt"
+    part_size = args.batch_size // (world * args.accumulate)  # images that pass the network at once
+    if args.batch_size % (world * args.accumulate):
         raise InputError(
-            f"--batch-size: {args.batch_size} is less than {world} processes x --accumulate {args.accumulate}"
+            f"--batch-size: {args.batch_size} is no multiple of {world} processes x --accumulate {args.accumulate}"
         )
-    if args.sync_bn and args.device.type != "cuda":
-        raise InputError("--sync-bn: works on GPUs only")
+    if stored is None and args.out.exists() and any(args.out.iterdir()):
+        raise InputError(f"--out: {args.out} is not empty; continue its run with --resume, or name another folder")
+    if stored is not None and part_size != stored["part_size"]:
+        text = f"{stored['part_size']} images at a time, not {part_size}; choose processes x --accumulate accordingly"
+        raise InputError(f"--resume: the batch norms of this run saw {text}")
+    if world > 1:
+        if on_cuda:
+            torch.cuda.set_device(args.device)
+        # Patient, because the first process may have SAM's weights to download while the others wait.
+        dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=3))
+
+    def say(text: object, file=None) -> None:
+        if rank == 0:
+            print(text, file=file)
 
     # Data
-    if args.demo and stored is None:
-        args.data = [args.out / "DUTS"]
-        if rank == 0:
-            make_folder(args.out, "--out")
-            draw_demo(args.data[0])
-        wait_for_all(world)
-    train_sets = find_sets(args.data, "train")
-    if args.val:
-        val_sets = find_sets(args.val, "test")
+    if args.demo and stored is None and rank == 0:
+        draw_demo(args.data[0])
+    if world > 1:
+        dist.barrier()
+    train_sets = evaluate.find_sets(args.data, "train")
+    if args.val is not None:
+        val_sets = evaluate.find_sets(args.val, "test")
     else:
-        val_sets = [s for root in args.data for s in search(root, "test") if s.split == "test"]
-        val_sets = [s for s in val_sets if s.folder not in [t.folder for t in train_sets]]
-    for s in val_sets:
-        if s.pairs[0][1] is None:
-            raise InputError(f"{s.folder}: no folder of masks, which validation needs")
-    for s in train_sets:
-        say(f"train: {s}")
-    for s in val_sets or ["none, so there will be no best.pt"]:
-        say(f"val:   {s}")
-    if rank == 0 and {s.folder.resolve() for s in train_sets} & {s.folder.resolve() for s in val_sets}:
-        print("warning: validation is on images of the training set", file=sys.stderr)
-    train_set = Pairs([pair for s in train_sets for pair in s.pairs], args.size)
-    val_pairs = [pair for s in val_sets for pair in s.pairs]
-    if rank == 0:
-        check_sizes(train_set.pairs + val_pairs)
-    names = {"--data": names_of(train_set.pairs), "--val": names_of(val_pairs)}
-    if stored is not None:
-        for flag in names:
-            if names[flag] != stored["images"][flag]:
-                raise InputError(f"--resume: {flag} has other images than the run in {args.out}")
-        if world != stored["world"] and rank == 0:
-            text = f"this run had {stored['world']} processes, not {world}: its batch norms saw other parts of a batch"
-            print(f"warning: {text}", file=sys.stderr)
+        val_sets = [s for root in args.data for s in evaluate.search(root, "test") if s.split == "test"]
+        camo = [s for s in val_sets if evaluate.plain_name(s.name) == "CAMO"]
+        if args.task == "cod" and camo:  # 250 images; the four test sets are 6,473 (source: release)
+            val_sets = camo
+    for kind, sets in (("train:", train_sets), ("val:  ", val_sets)):
+        for s in sets:
+            if s.pairs[0][1] is None:
+                raise InputError(f"{s.folder}: no folder of masks, which validation needs")
+            say(f"{kind} {s}")
+            if rank == 0:
+                evaluate.check_sizes(s.name, s.pairs)
+    if not val_sets:
+        say("val:   none, so there will be no best.pt")
+    train_pairs, val_pairs = ([pair for s in sets for pair in s.pairs] for sets in (train_sets, val_sets))
+    if set(train_pairs) & set(val_pairs):
+        say("warning: validation is on images of the training set", sys.stderr)
+    if len(train_pairs) < args.batch_size:
+        raise InputError(f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; --batch-size")
+    if stored is not None and len(train_pairs) != stored["images"]:
+        raise InputError(f"--resume: --data has {len(train_pairs)} images; this run has {stored['images']}")
 
-    # Model. The encoder's random weights are the first that are drawn from the seed: load_checkpoint draws them again.
-    if args.sam_checkpoint == "random" and rank == 0:
-        print("warning: the encoder is random, not SAM's: results say nothing about TS-SAM", file=sys.stderr)
-    weights = args.sam_checkpoint if args.sam_checkpoint != "random" else None
-    if rank > 0:
-        wait_for_all(world)  # for the first process, which downloads SAM's weights if need be
+    # Model. A checkpoint says which encoder it belongs to; a random one it holds itself.
+    random = args.sam_checkpoint == "random"
+    weights = None if random else args.sam_checkpoint
     if stored is not None:
-        model, info = load_checkpoint(last, weights)
-        weights = weights or info["sam_checkpoint"]
+        model, _ = tssam.load_checkpoint(last, weights)
+        encoder = stored["encoder"]
     else:
-        weights = weights or (sam_weights(args.sam) if args.sam_checkpoint is None else None)
+        if not random and weights is None:
+            if rank == 0:
+                tssam.sam_weights(args.sam)
+            if world > 1:
+                dist.barrier()
+            weights = tssam.sam_weights(args.sam)
         torch.manual_seed(args.seed)
-        high_freq = args.task == "shadow"
-        model = build_tssam(args.sam, args.size, high_freq, weights, args.csa_blocks, args.mrm_blocks)
-    if rank == 0:
-        wait_for_all(world)
-    checkpoint_info = dict(
-        task=args.task,
-        encoder=fingerprint(model),
-        encoder_seed=args.seed if args.sam_checkpoint == "random" else None,
-        sam_checkpoint=str(Path(weights).resolve()) if weights else None,
-        val=[str(s.folder.resolve()) for s in val_sets],
-        args={name: plain(value) for name, value in vars(args).items()},
-        images=names,
-        world=world,
-    )
+        model = tssam.build_tssam(args.sam, args.size, args.task == "shadow", weights, args.csa_blocks, args.mrm_blocks)
+        encoder = dict(fingerprint=tssam.fingerprint(model), sam_checkpoint=None, random=None)
+        if random:
+            encoder["random"] = {name: t.clone() for name, t in model.image_encoder.state_dict().items()}
+    if weights is not None:
+        encoder["sam_checkpoint"] = os.path.abspath(weights)
+    if encoder["random"] is not None:
+        say("warning: the encoder is random, not SAM's: results say nothing about TS-SAM", sys.stderr)
+    device_type, dtype = torch.device(args.device).type, PRECISIONS[args.precision]
+    autocast = partial(torch.autocast, device_type, dtype, enabled=dtype != torch.float32)
     model.grad_checkpoint = args.grad_checkpoint
-    model.use_attention(args.attention)
-    model.store_encoder(PRECISIONS[args.precision])
+    model.store_encoder(dtype)
     model.to(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
-    own, total = (sum(p.numel() for p in group) for group in (trained, model.parameters()))
-    processes = f"{world} x " if world > 1 else ""
-    say(f"model: {args.sam} at {args.size} x {args.size}, {own:,} of {total:,} parameters trained")
-    say(f"on:    {processes}{args.device}, {args.precision}; batches of {args.batch_size}")
+    say(f"model: {args.sam} at {args.size} x {args.size}, {sum(p.numel() for p in trained):,} trained parameters")
+    say(f"on:    {world} x {args.device}, {args.precision}; batches of {args.batch_size}, {part_size} at a time")
     say(f"out:   {args.out}")
-    net: nn.Module = model
-    if args.sync_bn:
-        net = nn.SyncBatchNorm.convert_sync_batchnorm(net)
-    if world > 1:  # averages the processes' gradients, once a step
-        net = DistributedDataParallel(net, device_ids=[args.device] if args.device.type == "cuda" else None)
 
+    # Optimiser
     loss_of = balanced_bce if args.task == "shadow" else bce_iou
-    released = args.recipe == "released"
-    optimizer = (
-        torch.optim.AdamW(trained, args.lr, weight_decay=0.01) if released else torch.optim.Adam(trained, args.lr)
-    )
-    schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=args.epochs, eta_min=1e-7)
-    scaler = torch.amp.GradScaler(args.device.type, enabled=args.precision == "fp16")
-    batches = Batches(len(train_set), args.batch_size, args.accumulate, rank, world, args.seed, flip=released)
-    if not batches.parts:
-        raise InputError(f"--data: {len(train_set)} images are too few for {world} processes")
-    if batches.dropped:
-        say(f"note:  {batches.dropped} images of each epoch's order are left out, too few for {world} processes")
-    loader = DataLoader(
-        train_set,
-        batch_sampler=batches,
-        num_workers=args.workers,
-        pin_memory=args.device.type == "cuda",
-        persistent_workers=args.workers > 0,
-        worker_init_fn=leave_signals,
-    )
-    done, best_score = 0, -math.inf
+    adam = partial(torch.optim.AdamW, weight_decay=0.01) if args.recipe == "released" else torch.optim.Adam
+    optimizer = adam(trained, args.lr)
+    scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
+    rows, best_score, validated = [], -math.inf, True  # log.csv's rows; whether the last one's epoch was validated
     if stored is not None:
-        done = stored["epoch"]
         optimizer.load_state_dict(stored["optimizer"])
-        schedule.load_state_dict(stored["schedule"])
         scaler.load_state_dict(stored["scaler"])
-        if best.exists():
-            metrics = load_file(best).get("metrics")
-            if not metrics:
-                raise InputError(f"{best}: not the best.pt of a run; move it away")
-            best_score = score_of(metrics)
-    if rank == 0:
-        make_folder(args.out, "--out")
-        held = lock(args.out)  # noqa: F841, until this function ends
-        write(args.out / "args.json", lambda file: file.write_text(json.dumps(checkpoint_info["args"], indent=1)))
-    wait_for_all(world)
-    log = Log(args.out, done, rank)
+        rows, best_score, validated = stored["rows"], stored["best_score"], stored["validated"]
+        say(f"resume: after epoch {len(rows)}" + ("" if validated else ", which is validated first"))
 
-    def finish_epoch(row: dict, start: float) -> None:
-        """What follows the last.pt of an epoch begun at `start`: validation, best.pt, samples.png, a row of log.csv."""
-        nonlocal best_score
-        epoch, better = row["epoch"], ""
-        if val_sets:
-            metrics = validate(model, val_pairs, args, rank, world)
-            row = row | metrics
-            if score_of(metrics) > best_score:
-                best_score, better = score_of(metrics), "  best"
-                if rank == 0:
-                    save_checkpoint(best, model, metrics=metrics, epoch=epoch, **checkpoint_info)
+    # Checkpoints
+    args.out.mkdir(parents=True, exist_ok=True)
+    done = len(rows)  # the epoch that last.pt holds
+    kept_args = {name: getattr(args, name) for name in (*EXPERIMENT, "accumulate")}
+    kept_args |= {"data": [os.path.abspath(d) for d in args.data], "val": [os.path.abspath(s.folder) for s in val_sets]}
+    about = dict(task=args.task, encoder=encoder, args=kept_args, val=kept_args["val"])
+
+    def save_last(validated: bool) -> None:
         if rank == 0:
-            picture = args.out / "samples.png" if val_sets else None
-            if picture is not None:
-                draw_samples(model, val_pairs[:SAMPLES], args, picture)
-            log.add(row, picture)
-        scores = f"  {show(metrics)}{better}" if val_sets else ""
-        left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
-        say(
-            f"epoch {epoch}/{args.epochs}  loss {row['loss']:.4f}  lr {row['lr']:.2e}"
-            f"  {row['images_per_s']:.2f} images/s  {row['peak_MB']:.0f} MB{scores}  {left} left"
-        )
+            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict(), rows=rows, best_score=best_score)
+            state |= dict(validated=validated, part_size=part_size, images=len(train_pairs))
+            tssam.save_checkpoint(last, model, epoch=len(rows), **state, **about)
 
-    def good() -> str:
-        return f"{last} holds epoch {load_file(last)['epoch']}" if last.exists() else "no epoch was finished"
+    def how_to_go_on() -> str:
+        if done == 0:
+            return "stopped before the first epoch was finished"
+        command = f"torchrun --nproc_per_node {world}" if world > 1 else "python"
+        return f"stopped; `{command} train.py --resume --out {shlex.quote(str(args.out))}` goes on after epoch {done}"
 
-    if stored is not None:
-        say(f"resume: after epoch {done}" + (", its last" if done == args.epochs else ""))
-        if not any(int(row["epoch"]) == done for row in log.rows):  # stopped between last.pt and the end of validation
-            finish_epoch(stored["row"], time.monotonic() - stored["row"]["seconds"])
-
-    for epoch in range(done + 1, args.epochs + 1):
-        net.train()
-        batches.set_epoch(epoch)
-        torch.manual_seed(args.seed + epoch)  # the random state, like the order of images, follows from seed and epoch
-        seen, lr, start = torch.zeros(2, dtype=torch.float64), optimizer.param_groups[0]["lr"], time.monotonic()
-        with progress(len(train_set), f"epoch {epoch}/{args.epochs}") as bar:
-            for part, (images, masks) in zip(batches.parts, loader, strict=True):
-                images, masks = (t.to(args.device, non_blocking=True) for t in (images, masks))
-                with nullcontext() if part.last or world == 1 else net.no_sync():
-                    with autocast(args):
-                        logits = net(images)
-                    loss = loss_of(logits, masks)
-                    # Each part counts by its share of the batch; the gradients of processes are averaged, not summed.
-                    scaler.scale(loss * part.share * world).backward()
-                if not math.isfinite(loss.item()):
-                    files = ", ".join(str(train_set.pairs[index][0]) for index, _ in part.items)
-                    step = 1 + sum(p.last for p in batches.parts[: batches.parts.index(part)])
-                    raise InputError(
-                        f"epoch {epoch}, step {step}: the loss is {loss.item()} for {files}; {good()}; try a lower --lr"
-                    )
-                if part.last:
-                    scaler.step(optimizer)
-                    scaler.update()
-                    optimizer.zero_grad(set_to_none=True)
-                seen += torch.tensor([loss.item() * len(images), len(images)])
-                bar.update(len(images) * world)
-                bar.set_postfix(loss=f"{loss.item():.4f}", MB=f"{peak_memory(args.device):.0f}")
-        seconds = time.monotonic() - start
-        if world > 1:
-            seen = seen.to(args.device)
-            dist.all_reduce(seen)
-        schedule.step()
-        net.eval()  # as in validation, where batch norms use their statistics
-        with torch.no_grad(), autocast(args):
-            finite = model(images).isfinite().all() and all(p.isfinite().all() for p in trained)
-        if not finite:  # an earlier epoch's checkpoint stays
-            raise InputError(f"the network is no longer finite after epoch {epoch}; {good()}; try a lower --lr")
-        row = dict(
-            epoch=epoch,
-            loss=(seen[0] / seen[1]).item(),
-            lr=lr,
-            images_per_s=seen[1].item() / seconds,
-            peak_MB=peak_memory(args.device),
-            seconds=seconds,
-        )
-        if rank == 0:
-            save_checkpoint(  # before anything in validation can fail
-                last,
-                model,
-                epoch=epoch,
-                row=row,
-                optimizer=optimizer.state_dict(),
-                schedule=schedule.state_dict(),
-                scaler=scaler.state_dict(),
-                **checkpoint_info,
+    evaluate.on_stop(how_to_go_on)
+    for epoch in range(done + validated, args.epochs + 1):
+        start = time.monotonic()
+        if epoch > done:  # else the run was stopped in this epoch's validation
+            parts = parts_of(train_pairs, args, epoch, part_size, rank, world)
+            loader = DataLoader(
+                [pair for part in parts for pair in part],
+                part_size,
+                collate_fn=partial(evaluate.read_pairs, size=args.size),
+                num_workers=args.workers,
+                worker_init_fn=evaluate.start_worker,
+                pin_memory=on_cuda,
             )
-        finish_epoch(row, start)
+            lr = 1e-7 + (args.lr - 1e-7) * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
+            for group in optimizer.param_groups:
+                group["lr"] = lr
+            model.train()
+            losses, step_loss = [], 0.0
+            bar = evaluate.progress(loader, f"epoch {epoch}/{args.epochs}", len(parts), "part")
+            for number, (images, masks) in enumerate(bar, start=1):
+                with autocast():
+                    logits = model(images.to(args.device, non_blocking=True))
+                loss = loss_of(logits, masks.to(args.device, non_blocking=True)) / args.accumulate
+                scaler.scale(loss).backward()
+                step_loss = step_loss + loss.detach()
+                if number % args.accumulate:
+                    continue
+                if world > 1:  # average loss and gradients over the processes
+                    for tensor in (step_loss, *(p.grad for p in trained)):
+                        dist.all_reduce(tensor)
+                        tensor /= world
+                losses.append(step_loss.item())
+                if not math.isfinite(losses[-1]):
+                    text = f"the loss is {losses[-1]}; last.pt holds epoch {done}; try a lower --lr or --precision fp32"
+                    raise InputError(f"epoch {epoch}, step {len(losses)}: {text}")
+                scaler.step(optimizer)
+                scaler.update()
+                optimizer.zero_grad(set_to_none=True)
+                bar.set_postfix(loss=f"{losses[-1]:.4f}", MB=f"{evaluate.peak_memory(args.device):.0f}")
+                step_loss = 0.0
+            if world > 1:  # the batch norms' statistics are each process's own; the first's are kept
+                for buffer in model.buffers():
+                    dist.broadcast(buffer, 0)
+            if not all(t.isfinite().all() for t in model.state_dict().values()):
+                raise InputError(f"epoch {epoch}: weights are not finite; last.pt holds epoch {done}; try a lower --lr")
+            seconds = time.monotonic() - start
+            row = dict(epoch=epoch, loss=sum(losses) / len(losses), lr=lr)
+            row |= dict(images_per_s=len(losses) * args.batch_size / seconds, peak_MB=evaluate.peak_memory(args.device))
+            rows.append(row | dict(seconds=seconds))
+            save_last(validated=not val_sets)  # before validation, which can take long
+            done = epoch
 
-    if args.demo and rank == 0:
-        masks = args.out / "masks"
-        masks.mkdir(exist_ok=True)
-        with autocast(args):
-            scores = evaluate(model, val_pairs, args.task, "paper", at_once(args, world), args.workers, masks)
-        shown = [(image.stem, image, mask, masks / f"{image.stem}.png") for image, mask in val_pairs[:6]]
-        save_overview(shown, args.out / "demo.png")
-        say(f"demo:  {show(scores.results())} on {len(val_pairs)} unseen images; masks in {masks}")
-        say(f"demo:  {args.out / 'demo.png'} shows image | ground truth | prediction")
+        row, best_yet = rows[-1], ""
+        if val_sets:
+            sums: dict = {}
+            results = evaluate.evaluate(model, val_pairs[rank::world], args.task, "paper", part_size, args.workers)
+            with autocast():
+                for result in results:
+                    sums = evaluate.add(sums, result)
+            if world > 1:
+                shares: list = [None] * world
+                dist.all_gather_object(shares, sums)
+                sums = reduce(evaluate.add, shares, {})
+            metrics = evaluate.average(sums, args.task, "paper")
+            row |= metrics
+            score = -metrics["BER"] if args.task == "shadow" else metrics["S"]  # higher is better
+            if score > best_score:
+                best_score, best_yet = score, "  best"
+                if rank == 0:
+                    tssam.save_checkpoint(best, model, epoch=epoch, metrics=metrics, **about)
+            save_last(validated=True)
+        if rank == 0:
+            evaluate.write_csv(rows, tuple(row), args.out / "log.csv")
+            if val_sets:
+                with tempfile.TemporaryDirectory() as maps, autocast():
+                    list(evaluate.evaluate(model, val_pairs[:6], args.task, "paper", part_size, 0, Path(maps)))
+                    shown = [(i.stem, i, mask, Path(maps) / f"{i.stem}.png") for i, mask in val_pairs[:6]]
+                    evaluate.save_overview(shown, args.out / "samples.png")
+        cells = [f"epoch {epoch}/{args.epochs}", f"loss {row['loss']:.4f}", f"lr {row['lr']:.2e}"]
+        cells += [f"{row['images_per_s']:.2f} images/s", f"{row['peak_MB']:.0f} MB"]
+        cells += [f"{name} {text}" for name, text in evaluate.show(metrics).items()] if val_sets else []
+        left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
+        say("  ".join(cells) + f"{best_yet}  {left} left")
+    if world > 1:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    run(main)
+    evaluate.run(main)

@@ -3,8 +3,8 @@
 Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2024). The classes follow its Section II:
 
     CSA    Convolutional Side Adapter     Eq. 1-2     the side stream beside SAM's image encoder
-    MRM    Multi-scale Refinement Module  Eq. 3-5     fine detail taken out of the encoder's blocks
-    FFD    Feature Fusion Decoder         Eq. 6-10    joins the two streams into one mask
+    MRM    Multi-scale Refinement Module  Eq. 3-5     fine detail taken from the encoder's blocks
+    FFD    Feature Fusion Decoder         Eq. 6-10    fuses the two streams into one mask
     TSSAM  the whole network              Fig. 2 (a)  taps the frozen encoder with forward hooks
 
                                  MRM -------- MRM ----- ... ----- MRM --------- MRM ----> f_mrm --+
@@ -13,72 +13,36 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
                   |       |      v ^          v ^                 v ^            v                |
                F_csa^0 > CSA 0 - CSA 1 ------ CSA 2 --- ... ----- CSA L ------- CSA L+1 -> f_csa -+
 
-    Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H that of the last 12
-    blocks). Down: a CSA merges it with f_csa, and the merged map comes back up (^) in place of the block's output.
+    Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H only the last 12 blocks).
+    Down: a CSA merges the output with f_csa, and the merged map comes back up (^) and replaces the block's output.
 
-The encoder is the `ImageEncoderViT` of the `segment-anything` package, unmodified but for the way its attention is
-computed (`FusedAttention`: the same numbers in less memory; `attention="sam"` leaves it as it is). Notation: C the
-encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD, the paper's letters (256 and 128 are
-the release's); S the image's side in pixels (the paper's H and W) and g = S/16 its side in patches, ours. Feature maps
-are (B, channels, height, width), in float32 or autocast's precision; only inside the encoder they are (B, g, g, C).
-"Source" in a docstring says where a decision comes from: the paper, the authors' released code where the paper is
-silent or differs, or ours.
+Notation: C is the encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD (256 and 128 in the
+released code). S is the image's side in pixels (the paper's H and W), g = S/16 its side in patches. Feature maps are
+(B, channels, height, width); only inside the encoder they are (B, g, g, C). "Source" in a docstring says where a
+decision comes from: the paper, the authors' released code where the paper is silent or differs, or ours.
 
-After the network come the files it is kept in: SAM's published weights, the authors' released checkpoints, and our
-own, which hold the trained part alone. `python tssam.py` measures speed and memory.
+After the network comes what makes it fit into memory, then the files: SAM's published weights, the authors' released
+checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints what each part is and costs.
 """
 
-import argparse
 import hashlib
-import http.client
-import inspect
-import itertools
-import math
-import multiprocessing
 import os
 import re
-import statistics
-import sys
-import time
-from collections.abc import Callable, Iterable, Iterator, Mapping
-from concurrent.futures import ProcessPoolExecutor
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, contextmanager, suppress
+from collections.abc import Callable, Iterable, Mapping
+from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from segment_anything.modeling import ImageEncoderViT
-from segment_anything.modeling.image_encoder import Attention, get_rel_pos
+from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
 from torch import Tensor, nn
-from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
+from torch.utils.flop_counter import FlopCounterMode
 
-try:
-    import resource
-except ImportError:  # Windows
-    resource = None
-
-PATCH = 16  # pixels on a side of the encoder's patches
-
-# SAM's three published encoders, and `tiny`: the same class, small enough to train on two CPU cores in a minute or two.
-# `side` (C1) and `hidden` (C2) are the widths of our trained parts beside that encoder.
-_SAM = dict(window=14, neck=256, side=256, hidden=128)
-ENCODERS = {
-    "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), **_SAM),
-    "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), **_SAM),
-    "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31), **_SAM),
-    "tiny": dict(width=64, depth=4, heads=4, global_blocks=(1, 3), window=7, neck=32, side=32, hidden=16),
-}
-
-
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
-
-class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what, which file or flag, what to do."""
-
+# recompute(f, x) is f(x), but keeps none of f's intermediate maps for backward, which computes them again.
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
 # ---------------------------------------------------------------------------------------------------------------------
 # II-B. Convolutional Side Adapter
@@ -87,7 +51,7 @@ class InputError(ValueError):
 def conv1x1(c_in: int, c_out: int) -> nn.Sequential:
     """The paper's conv_1x1: 1x1 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
 
-    Initialised with N(0, 2 / fan_out) and zero bias (source: release).
+    Initialised from N(0, 2 / fan_out), with zero bias (source: release).
     """
     conv = nn.Conv2d(c_in, c_out, 1)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -98,87 +62,80 @@ def conv1x1(c_in: int, c_out: int) -> nn.Sequential:
 class CSA(nn.Module):
     """Convolutional Side Adapter, Eq. 1-2 (source: paper).
 
-        Eq. 1   merged = F_vit + conv1x1_up(F_csa)      C1 -> C
-        Eq. 2   F_csa' = conv1x1_down(merged)           C -> C1
-
     Args:
-        width: C, channels of the encoder's map (the neck's for the last CSA).
-        side: C1, channels of the side stream.
+        width: C, channels of the encoder's map (of the neck's for the last CSA).
+        csa_width: C1, channels of the side stream.
     """
 
-    def __init__(self, width: int, side: int) -> None:
+    def __init__(self, width: int, csa_width: int) -> None:
         super().__init__()
-        self.up = conv1x1(side, width)
-        self.down = conv1x1(width, side)
+        self.up = conv1x1(csa_width, width)
+        self.down = conv1x1(width, csa_width)
 
     def forward(self, f_csa: Tensor, f_vit: Tensor) -> tuple[Tensor, Tensor]:
         """f_csa (B, C1, g, g), f_vit (B, C, g, g) -> the next f_csa (B, C1, g, g), merged (B, C, g, g)."""
-        merged = f_vit + self.up(f_csa)
-        return self.down(merged), merged
+        merged = f_vit + self.up(f_csa)  # Eq. 1
+        return self.down(merged), merged  # Eq. 2
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # II-C. Multi-scale Refinement Module
 
 
-def deconv(channels: int) -> list[nn.Module]:
-    """One step of the paper's deconv: transposed convolution to twice the height and width, batch norm, ReLU.
+def deconv2x(channels: int) -> nn.Sequential:
+    """One step of the paper's deconv: transposed convolution, batch norm, ReLU. (B, c, h, w) -> (B, c, 2h, 2w).
 
-    (B, channels, h, w) -> (B, channels, 2h, 2w). Source: release; the paper names the module only.
+    Source: release; the paper does not say what the module consists of.
     """
-    up = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
-    return [up, nn.BatchNorm2d(channels), nn.ReLU(inplace=True)]
+    deconv = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
+    return nn.Sequential(deconv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
 
 
-class Gate(nn.Sequential):
-    """Gating unit, Eq. 4: tanh(W2 relu(W1 F)) * F, pixel by pixel; (B, C2, h, w) -> the same shape.
+class Gate(nn.Module):
+    """Gating unit, Eq. 4, pixel by pixel: (B, C2, h, w) -> the same shape.
 
-    W1 and W2 are linear maps over the channels without bias, initialised with a truncated normal of standard
-    deviation 0.02 (source: release). Backward computes the gate a second time from F (source: ours): its maps,
-    at S/4 in 13 MRM, are cheap to compute and much to keep.
+    W1 and W2 are linear maps over the channels without bias, initialised from a truncated normal with standard
+    deviation 0.02 (source: release).
     """
 
     def __init__(self, channels: int) -> None:
-        linears = [nn.Linear(channels, channels, bias=False) for _ in range(2)]
-        for linear in linears:
-            nn.init.trunc_normal_(linear.weight, std=0.02)
-        super().__init__(linears[0], nn.ReLU(inplace=True), linears[1], nn.Tanh())
+        super().__init__()
+        self.w1 = nn.Linear(channels, channels, bias=False)
+        self.w2 = nn.Linear(channels, channels, bias=False)
+        nn.init.trunc_normal_(self.w1.weight, std=0.02)
+        nn.init.trunc_normal_(self.w2.weight, std=0.02)
 
     def forward(self, f: Tensor) -> Tensor:
-        return checkpoint(self.gated, f, use_reentrant=False, preserve_rng_state=False)
-
-    def gated(self, f: Tensor) -> Tensor:
-        return super().forward(f.movedim(1, -1)).movedim(-1, 1) * f
+        weight = torch.tanh(self.w2(F.relu(self.w1(f.movedim(1, -1)), inplace=True)))
+        return weight.movedim(-1, 1) * f
 
 
 class MRM(nn.Module):
     """Multi-scale Refinement Module, Eq. 3-5 (source: paper), for the two scales k = 1 (S/4) and k = 2 (S/8).
 
-        Eq. 3   F^k = deconv_k(conv1x1(F_vit))          conv1x1: C -> C2; deconv_1: two steps, deconv_2: one
-        Eq. 4   G^k = tanh(W2 relu(W1 F^k)) * F^k       the gate
-        Eq. 5   F_mrm^k' = G^k + F_mrm^k                the first MRM has nothing to add to
-
     k counts as in the release. The paper's II-D injects the S/8 map first and calls the finer one F^2, so its k seems
     to count the other way round.
 
     Args:
-        width: C, channels of the encoder's map (the neck's for the last MRM).
-        hidden: C2, channels of both outputs.
+        width: C, channels of the encoder's map (of the neck's for the last MRM).
+        mrm_width: C2, channels of both outputs.
     """
 
-    def __init__(self, width: int, hidden: int) -> None:
+    def __init__(self, width: int, mrm_width: int) -> None:
         super().__init__()
-        self.compress = conv1x1(width, hidden)
-        self.deconv = nn.ModuleDict(
-            {"1": nn.Sequential(*deconv(hidden), *deconv(hidden)), "2": nn.Sequential(*deconv(hidden))}
-        )
-        self.gate = nn.ModuleDict({"1": Gate(hidden), "2": Gate(hidden)})
+        self.conv = conv1x1(width, mrm_width)
+        self.deconv1 = nn.Sequential(*deconv2x(mrm_width), *deconv2x(mrm_width))
+        self.deconv2 = deconv2x(mrm_width)
+        self.gate1 = Gate(mrm_width)
+        self.gate2 = Gate(mrm_width)
 
-    def forward(self, f_vit: Tensor, f_mrm: dict[int, Tensor] | None = None) -> dict[int, Tensor]:
-        """f_vit (B, C, g, g), the previous MRM's output or None -> {1: (B, C2, 4g, 4g), 2: (B, C2, 2g, 2g)}."""
-        compressed = self.compress(f_vit)
-        gated = {k: self.gate[str(k)](self.deconv[str(k)](compressed)) for k in (1, 2)}
-        return gated if f_mrm is None else {k: gated[k] + f_mrm[k] for k in (1, 2)}
+    def forward(self, f_vit: Tensor, f_mrm1: Tensor | float, f_mrm2: Tensor | float) -> tuple[Tensor, Tensor]:
+        """f_vit (B, C, g, g) and the previous MRM's output, or 0 and 0 -> (B, C2, 4g, 4g), (B, C2, 2g, 2g)."""
+        compressed = self.conv(f_vit)
+        f1, f2 = self.deconv1(compressed), self.deconv2(compressed)  # Eq. 3
+        # The gates' maps at S/4 in 13 MRM are cheap to recompute and expensive to store (source: ours).
+        g1, g2 = recompute(self.gate1, f1), recompute(self.gate2, f2)  # Eq. 4
+        return g1 + f_mrm1, g2 + f_mrm2  # Eq. 5
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -188,172 +145,105 @@ class MRM(nn.Module):
 def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
     """The paper's conv_3x3: 3x3 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
 
-    No bias, PyTorch's initialisation (source: release).
+    No bias, PyTorch's default initialisation (source: release).
     """
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
-class FFD(nn.Module):
-    """Feature Fusion Decoder, Eq. 6-10: injects F_mrm^2 (S/8), then F_mrm^1 (S/4) into F_csa, each in two stages.
+class Injection(nn.Module):
+    """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10 (source: paper).
 
-                x = conv(F_csa)                                           C1 -> C2
-        for k = 2, then k = 1:
-        Eq. 6   F_in = conv(F_mrm^k)
-        Eq. 7   key = avgpool(F_in) + maxpool(F_in)                       2x2 kernels; the paper's GAP and GMP
-        Eq. 8   x = conv3x3([x, key])                                     stage 1: the key features
-        Eq. 9   x = upsample(x)                                           2x, bilinear, corners aligned
-        Eq. 10  x = conv3x3([x, F_mrm^k])                                 stage 2: the whole features
-
-    x is the paper's F_in,csa, then F_stage1,csa, that upsampled, and F_stage2,csa; F_in is F_in,mrm and key F_key,mrm.
-    Source: paper; `conv` is 3x3 as in the release, where the paper writes 1x1 (Eq. 6 and the sentence before it): only
-    3x3 gives the paper's 29.44 M trained parameters. The 1x1 convolution to one channel and the upsampling's corners
-    are the release's.
+    Eq. 6 has a 3x3 convolution, as in the release, where the paper writes 1x1: only 3x3 gives the paper's 29.44 M
+    trained parameters. Pooling windows are 2x2, although the paper calls the pooling global.
     """
 
-    def __init__(self, side: int, hidden: int) -> None:
+    def __init__(self, mrm_width: int) -> None:
         super().__init__()
-        self.conv_csa = conv3x3(side, hidden)
-        # In the order of their use: k = 2, then k = 1.
-        self.conv_mrm = nn.ModuleDict({k: conv3x3(hidden, hidden) for k in "21"})
-        self.stage1 = nn.ModuleDict({k: conv3x3(2 * hidden, hidden) for k in "21"})
-        self.stage2 = nn.ModuleDict({k: conv3x3(2 * hidden, hidden) for k in "21"})
-        self.head = nn.Conv2d(hidden, 1, 1)
+        self.conv_mrm = conv3x3(mrm_width, mrm_width)
+        self.stage1 = conv3x3(2 * mrm_width, mrm_width)
+        self.stage2 = conv3x3(2 * mrm_width, mrm_width)
 
-    def forward(self, f_csa: Tensor, f_mrm: dict[int, Tensor]) -> Tensor:
-        """f_csa (B, C1, g, g), f_mrm {1: (B, C2, 4g, 4g), 2: (B, C2, 2g, 2g)} -> logits (B, 1, 4g, 4g)."""
-        x = self.conv_csa(f_csa)
-        for k in (2, 1):
-            f_in = self.conv_mrm[str(k)](f_mrm[k])
-            key = F.avg_pool2d(f_in, 2) + F.max_pool2d(f_in, 2)
-            x = self.stage1[str(k)](torch.cat([x, key], dim=1))
-            x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-            x = self.stage2[str(k)](torch.cat([x, f_mrm[k]], dim=1))
-        return self.head(x)
+    def forward(self, x: Tensor, f_mrm: Tensor) -> Tensor:
+        """x (B, C2, h, w), the paper's F_in,csa, and f_mrm (B, C2, 2h, 2w) -> F_stage2,csa (B, C2, 2h, 2w)."""
+        f_in = self.conv_mrm(f_mrm)  # Eq. 6
+        f_key = F.avg_pool2d(f_in, 2) + F.max_pool2d(f_in, 2)  # Eq. 7: the key features, (B, C2, h, w)
+        x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)  # Eq. 9
+        return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10: the whole features
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# SAM's attention in less memory. Not of the paper: read on at II-A
+class FFD(nn.Module):
+    """Feature Fusion Decoder: injects F_mrm^2 (S/8), then F_mrm^1 (S/4) into F_csa (source: paper, Fig. 3).
 
-
-class FusedAttention(Attention):
-    """SAM's attention without its N x N matrix (source: ours); the same numbers, up to rounding, and gradients.
-
-    To the score of query q and key k SAM adds rel_h[q, row of k] + rel_w[q, column of k], and so builds a matrix of
-    N x N scores for each head: at 1024 x 1024, N = 4096, most of the encoder's memory. The sum is an inner product:
-
-        q' = [q / sqrt(d), rel_w[q], rel_h[q]]      k' = [k, one-hot column of k, one-hot row of k]      v' = [v, 0, 0]
-
-    so plain attention of q', k' and v' is SAM's, and `scaled_dot_product_attention` has kernels for it that never hold
-    all scores. They want q', k' and v' equally wide, CUDA's a multiple of 8, hence the zeros.
-
-    An `Attention` of the encoder becomes one by its `__class__`: its weights and their names stay as they are.
+    The first convolution is 3x3 (see `Injection`); the 1x1 convolution to one channel is the release's.
     """
 
-    windowed = False  # in windows it is cheap enough to be computed again in backward, rather than kept
-    made_for: tuple[int, int] | None = None  # the maps that the tables are for
+    def __init__(self, csa_width: int, mrm_width: int) -> None:
+        super().__init__()
+        self.conv_csa = conv3x3(csa_width, mrm_width)
+        self.inject2 = Injection(mrm_width)
+        self.inject1 = Injection(mrm_width)
+        self.head = nn.Conv2d(mrm_width, 1, 1)
 
-    def make_tables(self, h: int, w: int) -> None:
-        """What is constant for maps of h x w: the relative positions (h, h + pad, d) and (w, w, d), and the keys'
-        one-hot columns and rows (h * w, w + h + pad)."""
-        with torch.inference_mode(False), torch.no_grad():  # they may be used in training later
-            table_h, table_w = get_rel_pos(h, h, self.rel_pos_h), get_rel_pos(w, w, self.rel_pos_w)
-            pad = -(table_h.shape[-1] + h + w) % 8
-            columns, rows = torch.eye(w).repeat(h, 1), torch.eye(h, h + pad).repeat_interleave(w, dim=0)
-            self.register_buffer("table_h", F.pad(table_h, (0, 0, 0, pad)), persistent=False)
-            self.register_buffer("table_w", table_w, persistent=False)
-            self.register_buffer("one_hot", torch.cat([columns, rows], dim=1).to(table_h), persistent=False)
-        self.made_for = h, w
-
-    def _load_from_state_dict(self, *args) -> None:
-        super()._load_from_state_dict(*args)
-        self.made_for = None  # the tables are of the older weights
-
-    def forward(self, x: Tensor) -> Tensor:
-        """x (B, h, w, C) -> the same shape."""
-        if self.made_for != x.shape[1:3]:
-            self.make_tables(*x.shape[1:3])
-        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, h, w, 3, heads, d)
-        attend = self.attend
-        if self.windowed:
-            attend = partial(checkpoint, attend, use_reentrant=False, preserve_rng_state=False)
-        return self.proj(attend(qkv))
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """qkv (B, h, w, 3, heads, d) -> (B, h, w, C)."""
-        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # each (B, heads, h, w, d)
-        batch, heads, h, w, d = q.shape
-        rel_h = torch.einsum("bnhwd,hkd->bnhwk", q, self.table_h)
-        rel_w = torch.einsum("bnhwd,wkd->bnhwk", q, self.table_w)
-        q = torch.cat([q * self.scale, rel_w, rel_h], dim=-1).flatten(2, 3)
-        one_hot = self.one_hot.to(k.dtype).expand(batch, heads, -1, -1)
-        k = torch.cat([k.flatten(2, 3), one_hot], dim=-1)
-        v = F.pad(v.flatten(2, 3), (0, one_hot.shape[-1]))
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
-        return out.transpose(1, 2).reshape(batch, h, w, heads * d)
-
-
-ATTENTIONS = {"fused": FusedAttention, "sam": Attention}
+    def forward(self, f_csa: Tensor, f_mrm1: Tensor, f_mrm2: Tensor) -> Tensor:
+        """f_csa (B, C1, g, g), f_mrm1 (B, C2, 4g, 4g), f_mrm2 (B, C2, 2g, 2g) -> logits (B, 1, 4g, 4g)."""
+        x = self.conv_csa(f_csa)
+        x = self.inject2(x, f_mrm2)
+        x = self.inject1(x, f_mrm1)
+        return self.head(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # II-A. The two streams
 
+PATCH = 16  # pixels on a side of the encoder's patches
+
+# SAM's three encoders, and `tiny`: the same class, small enough to train on two CPU cores in a minute or two.
+_SAM = dict(window=14, neck=256, csa_width=256, mrm_width=128)
+ENCODERS = {
+    "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), **_SAM),
+    "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), **_SAM),
+    "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31), **_SAM),
+    "tiny": dict(width=64, depth=4, heads=4, global_blocks=(1, 3), window=7, neck=32, csa_width=32, mrm_width=16),
+}
+
+
+class InputError(ValueError):
+    """Something the user gave is wrong. The message is one line: what is wrong, which file or flag, what to do."""
+
 
 def high_pass(images: Tensor) -> Tensor:
-    """Absolute value of the images' high-frequency part (shadow detection; source: release, after SAM-Adapter).
+    """Absolute value of the images' high frequencies, for shadow detection (source: release, after SAM-Adapter).
 
-    The middle square of the centred spectrum, S/2 wide, is set to zero. Always in float32.
-
-    Args:
-        images: (B, 3, S, S) normalised images.
-
-    Returns:
-        (B, 3, S, S) float32, not negative.
+    The middle square of the centred spectrum, S/2 wide, is set to zero. (B, 3, S, S) -> the same shape and dtype.
     """
-    side = images.shape[-1]
-    centre, half = side // 2, side // 4  # half the square's side; the release: floor(sqrt(S * S * 0.25) / 2)
+    size = images.shape[-1]
+    low = slice(size // 2 - size // 4, size // 2 + size // 4)
     with torch.autocast(images.device.type, enabled=False):
-        spectrum = torch.fft.fftshift(torch.fft.fft2(images.float()), dim=(-2, -1))
-        spectrum[..., centre - half : centre + half, centre - half : centre + half] = 0
+        spectrum = torch.fft.fftshift(torch.fft.fft2(images), dim=(-2, -1))
+        spectrum[..., low, low] = 0
         return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs()
-
-
-@contextmanager
-def recomputed(block: nn.Module) -> Iterator[None]:
-    """Within it an encoder block keeps nothing for backward, which computes it a second time (less memory, more time).
-
-    The block alone: the hooks around it, and so the batch norms' statistics, run once.
-    """
-    block.forward = partial(checkpoint, block.forward, use_reentrant=False, preserve_rng_state=False)
-    try:
-        yield
-    finally:
-        del block.forward  # the instance's; the class's is back
 
 
 class TSSAM(nn.Module):
     """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams beside it, the FFD behind them.
 
-    With L encoder blocks there are L + 2 CSA (one for the embedded patches, one a block, one for the neck) and one MRM
-    for each of the last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13 in TS-SAM_H (the counts are the
-    paper's, where they sit is the release's).
+    An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the neck) and one MRM
+    for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13 in TS-SAM_H (the counts are the
+    paper's, the places the release's).
 
-    The merged map of Eq. 1 is what the next block (or the neck) receives, so gradients flow through the frozen blocks:
-    the encoder cannot run under `no_grad` in training. The encoder's own parameters never get a gradient.
+    The encoder is `segment_anything`'s, and its parameters never get a gradient. But the merged map of Eq. 1 is what
+    the next block receives, so gradients flow through the frozen blocks: in training it cannot run under `no_grad`.
 
     Args:
-        sam: a name of `ENCODERS`.
+        sam: a name in `ENCODERS`.
         image_size: S, a multiple of 16.
         high_freq: add the high-frequency embedding to the side stream's input (shadow detection).
-        csa_blocks: encoder blocks that get a CSA; None: all. The patches and the neck always have theirs.
+        csa_blocks: encoder blocks with a CSA, counted from 0; None: all. The patches and the neck always have one.
         mrm_blocks: encoder blocks that feed an MRM; None: the last 12. The neck always does.
-        attention: `fused`, or `sam` for the package's own (see `FusedAttention`).
 
-    Set `grad_checkpoint` to train in less memory: the encoder's blocks are computed again in backward.
-
-    Raises:
-        InputError: an unknown `sam` or `attention`, an `image_size` or a block that the encoder cannot have.
+    Set `grad_checkpoint` to True to train in less memory: backward computes the encoder's blocks again.
     """
 
     def __init__(
@@ -363,63 +253,101 @@ class TSSAM(nn.Module):
         high_freq: bool = False,
         csa_blocks: Iterable[int] | None = None,
         mrm_blocks: Iterable[int] | None = None,
-        attention: str = "fused",
     ) -> None:
         super().__init__()
-        self.grad_checkpoint = False
         if sam not in ENCODERS:
             raise InputError(f"sam: no encoder is called {sam!r}; there are {', '.join(ENCODERS)}")
         if image_size <= 0 or image_size % PATCH:
             raise InputError(f"image size: {image_size} is not a positive multiple of {PATCH}")
         spec = ENCODERS[sam]
-        width, depth, neck, side, hidden = (spec[k] for k in ("width", "depth", "neck", "side", "hidden"))
-        csa_blocks = range(depth) if csa_blocks is None else csa_blocks
-        mrm_blocks = range(max(0, depth - 12), depth) if mrm_blocks is None else mrm_blocks
-        csa_blocks, mrm_blocks = (sorted({int(i) for i in blocks}) for blocks in (csa_blocks, mrm_blocks))
-        for name, blocks in (("csa_blocks", csa_blocks), ("mrm_blocks", mrm_blocks)):
-            if any(i not in range(depth) for i in blocks):
-                raise InputError(f"{name}: {blocks} is not within the {depth} blocks of {sam}, 0 to {depth - 1}")
-        # What it takes to build this model again: the arguments of build_tssam, as plain values a file can hold.
+        width, depth, csa_width, mrm_width = spec["width"], spec["depth"], spec["csa_width"], spec["mrm_width"]
+        csa_blocks = sorted(set(range(depth) if csa_blocks is None else csa_blocks))
+        mrm_blocks = sorted(set(range(depth)[-12:] if mrm_blocks is None else mrm_blocks))
+        for block in (*csa_blocks, *mrm_blocks):
+            if block not in range(depth):
+                raise InputError(f"blocks: {sam} has the blocks 0 to {depth - 1}, and no block {block}")
+        # The arguments that build this model again, as plain values for a checkpoint.
         self.config = dict(
-            sam=sam,
-            image_size=int(image_size),
-            high_freq=bool(high_freq),
-            csa_blocks=csa_blocks,
-            mrm_blocks=mrm_blocks,
+            sam=sam, image_size=image_size, high_freq=high_freq, csa_blocks=csa_blocks, mrm_blocks=mrm_blocks
         )
+        self.grad_checkpoint = False
 
-        self.image_encoder = ImageEncoderViT(  # first, so that a seed gives the same random encoder to every model
+        self.image_encoder = ImageEncoderViT(
             img_size=image_size,
             patch_size=PATCH,
             embed_dim=width,
             depth=depth,
             num_heads=spec["heads"],
-            out_chans=neck,
+            out_chans=spec["neck"],
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
             window_size=spec["window"],
             global_attn_indexes=spec["global_blocks"],
         ).requires_grad_(False)
-        self.use_attention(attention)
-
-        self.csa_embedding = nn.Linear(width, side)
-        self.high_freq_embedding = nn.Conv2d(3, side, PATCH, stride=PATCH) if high_freq else None
-        self.csa = nn.ModuleList(CSA(width, side) for _ in range(1 + len(csa_blocks)))
-        self.csa.append(CSA(neck, side))
-        self.mrm = nn.ModuleList(MRM(width, hidden) for _ in mrm_blocks)
-        self.mrm.append(MRM(neck, hidden))
-        self.ffd = FFD(side, hidden)
-
-    def use_attention(self, attention: str) -> None:
-        """Have the encoder's blocks compute their attention by one of `ATTENTIONS`."""
-        if attention not in ATTENTIONS:
-            raise InputError(f"attention: none is called {attention!r}; there are {', '.join(ATTENTIONS)}")
-        for block in self.image_encoder.blocks:
-            block.attn.__class__ = ATTENTIONS[attention]
+        for block in self.image_encoder.blocks:  # the same numbers in less memory, see below
+            block.__class__, block.attn.__class__ = EncoderBlock, FusedAttention
             block.attn.windowed = block.window_size > 0
 
+        self.csa_embedding = nn.Linear(width, csa_width)
+        self.high_freq_embedding = nn.Conv2d(3, csa_width, PATCH, stride=PATCH) if high_freq else None
+        self.csa = nn.ModuleList(CSA(width, csa_width) for _ in range(1 + len(csa_blocks)))
+        self.csa.append(CSA(spec["neck"], csa_width))
+        self.mrm = nn.ModuleList(MRM(width, mrm_width) for _ in mrm_blocks)
+        self.mrm.append(MRM(spec["neck"], mrm_width))
+        self.ffd = FFD(csa_width, mrm_width)
+
+    def forward(self, images: Tensor) -> Tensor:
+        """images (B, 3, S, S), /255 and normalised with ImageNet's mean and std -> logits (B, 1, S, S)."""
+        size = self.config["image_size"]
+        if images.shape[1:] != (3, size, size):
+            raise ValueError(f"images are {tuple(images.shape)}, not (batch, 3, {size}, {size})")
+        encoder = self.image_encoder
+        csa_of = dict(zip(self.config["csa_blocks"], self.csa[1:-1], strict=True))
+        mrm_of = dict(zip(self.config["mrm_blocks"], self.mrm[:-1], strict=True))
+        f_csa, f_mrm = None, (0.0, 0.0)  # the two streams; each tap moves them on
+
+        def tap_patches(module: nn.Module, args: tuple, patches: Tensor) -> None:
+            """Patch embedding: F_csa^0, the side stream's first input; then CSA 0 merges patches + positions."""
+            nonlocal f_csa
+            # The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels, so F_csa^0 is a
+            # fixed permutation, not a spatial map. It looks like a slip, but its checkpoints were trained with it.
+            batch, g, _, width = patches.shape
+            shuffled = patches.reshape(batch, width, g, g).movedim(1, -1)
+            f_csa = self.csa_embedding(shuffled).movedim(-1, 1).contiguous()
+            if self.high_freq_embedding is not None:
+                f_csa = f_csa + self.high_freq_embedding(high_pass(images))
+            f_csa, _ = self.csa[0](f_csa, (patches + encoder.pos_embed).movedim(-1, 1))  # nothing is written back
+
+        def tap_block(i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
+            """Output of block i: the MRM takes it as it is; then the CSA merges it, and the merged map replaces it."""
+            nonlocal f_csa, f_mrm
+            f_vit = output.movedim(-1, 1)
+            if i in mrm_of:
+                f_mrm = mrm_of[i](f_vit, *f_mrm)
+            if i in csa_of:
+                f_csa, merged = csa_of[i](f_csa, f_vit)
+                return merged.movedim(1, -1)  # what a forward hook returns replaces the module's output
+
+        def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
+            """Output of the neck: the last MRM and the last CSA."""
+            nonlocal f_csa, f_mrm
+            f_mrm = self.mrm[-1](f_vit, *f_mrm)
+            f_csa, _ = self.csa[-1](f_csa, f_vit)
+
+        # The hooks live for this one forward, so nothing they saw outlives it, and a copied model taps its own encoder.
+        with ExitStack() as taps:
+            taps.enter_context(encoder.patch_embed.register_forward_hook(tap_patches))
+            for i, block in enumerate(encoder.blocks):
+                block.grad_checkpoint = self.grad_checkpoint
+                taps.enter_context(block.register_forward_hook(partial(tap_block, i)))
+            taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
+            encoder(images)
+
+        logits = self.ffd(f_csa, *f_mrm).float()  # at S/4; upsampled in float32, unlike Eq. 9 without aligned corners
+        return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+
     def store_encoder(self, dtype: torch.dtype) -> None:
-        """Keep the encoder's matrices and convolutions in the `dtype` of the autocast that the model is to run in.
+        """Store the encoder's matrices and convolutions in the `dtype` of the autocast that the model will run in.
 
         Autocast would cast them in every step, and autograd keep the copies until backward. The numbers are the same.
         """
@@ -427,100 +355,55 @@ class TSSAM(nn.Module):
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
 
-    def forward(self, images: Tensor) -> Tensor:
-        """Args: images (B, 3, S, S), /255 and normalised with ImageNet's mean and std. Returns: logits (B, 1, S, S).
 
-        Raises:
-            ValueError: images of another shape.
-        """
-        size = self.config["image_size"]
-        if images.ndim != 4 or images.shape[1:] != (3, size, size):
-            raise ValueError(f"images are {tuple(images.shape)}, not (batch, 3, {size}, {size})")
-        encoder = self.image_encoder
-        csa_of = {block: self.csa[i] for i, block in enumerate(self.config["csa_blocks"], start=1)}
-        mrm_of = {block: self.mrm[i] for i, block in enumerate(self.config["mrm_blocks"])}
-        f_csa, f_mrm = None, None  # the two streams; each tap moves them on
-
-        # The encoder's own maps are (B, g, g, C) up to the neck, ours (B, C, g, g).
-        def tap_patches(module: nn.Module, args: tuple, patches: Tensor) -> None:
-            """Patch embedding, before the position embedding: the side stream's first input F_csa^0.
-
-            The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels: F_csa^0 is no
-            picture of the image but a fixed shuffle of it. It looks like a slip, but the released checkpoints are
-            trained with it (source: release; found by trying what makes our outputs equal to its, without its code).
-            """
-            nonlocal f_csa
-            batch, g, _, width = patches.shape
-            shuffled = patches.reshape(batch, width, g, g)
-            # contiguous: with the channels last in memory, the CPU's kernels round differently from the release's run.
-            f_csa = self.csa_embedding(shuffled.movedim(1, -1)).movedim(-1, 1).contiguous()
-            if self.high_freq_embedding is not None:
-                f_csa = f_csa + self.high_freq_embedding(high_pass(images))
-
-        def tap_first_input(module: nn.Module, args: tuple) -> None:
-            """Patch + position embedding, the input of block 0: CSA 0 merges it, nothing is written back."""
-            nonlocal f_csa
-            f_csa, _ = self.csa[0](f_csa, args[0].movedim(-1, 1))
-
-        def tap_block(i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            """Output of block i: feeds the MRM as it is, then the CSA; the merged map replaces it (Eq. 1)."""
-            nonlocal f_csa, f_mrm
-            f_vit = output.movedim(-1, 1)
-            if i in mrm_of:
-                f_mrm = mrm_of[i](f_vit, f_mrm)
-            if i in csa_of:
-                f_csa, merged = csa_of[i](f_csa, f_vit)
-                return merged.movedim(1, -1)  # a hook that returns a tensor replaces the module's output
-
-        def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
-            """Output of the neck: the last MRM and the last CSA."""
-            nonlocal f_csa, f_mrm
-            f_mrm = self.mrm[-1](f_vit, f_mrm)
-            f_csa, _ = self.csa[-1](f_csa, f_vit)
-
-        # The hooks live for this one forward: nothing they saw outlives it, and a copied model taps its own encoder.
-        with ExitStack() as taps:
-            taps.enter_context(encoder.patch_embed.register_forward_hook(tap_patches))
-            taps.enter_context(encoder.blocks[0].register_forward_pre_hook(tap_first_input))
-            for i, block in enumerate(encoder.blocks):
-                taps.enter_context(block.register_forward_hook(partial(tap_block, i)))
-                if self.grad_checkpoint and torch.is_grad_enabled():
-                    taps.enter_context(recomputed(block))
-            taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
-            encoder(images)
-
-        logits = self.ffd(f_csa, f_mrm)  # at S/4; here, unlike in the FFD, corners are not aligned (source: release)
-        return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+# ---------------------------------------------------------------------------------------------------------------------
+# How it fits into memory (source: ours; no number changes by more than rounding)
 
 
-def build_tssam(
-    sam: str = "vit_h",
-    image_size: int = 1024,
-    high_freq: bool = False,
-    sam_checkpoint: str | os.PathLike | None = None,
-    csa_blocks: Iterable[int] | None = None,
-    mrm_blocks: Iterable[int] | None = None,
-    attention: str = "fused",
-) -> TSSAM:
-    """Build a TSSAM on the CPU (or the current default device), its encoder filled from SAM's published weights.
+class EncoderBlock(Block):
+    """SAM's block, which can be recomputed in backward. Hooks around it, and so the batch norms in them, run once."""
 
-    It comes in training mode, as every new module: call `.eval()` to predict.
+    grad_checkpoint = False
 
-    Args:
-        sam: `vit_b`, `vit_l`, `vit_h`, or `tiny` (no published weights: for demo and tests).
-        image_size: S, a multiple of 16; SAM's weights, made for 1024, are resampled to it.
-        high_freq: with the high-frequency embedding (shadow detection).
-        sam_checkpoint: SAM's weights for `sam`, as published; None leaves the encoder randomly initialised.
-        csa_blocks, mrm_blocks: the encoder blocks with a CSA, an MRM; None: as in the paper (see `TSSAM`).
-        attention: `fused`, or `sam` for the package's own: the same numbers in more memory.
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, g, g, C) -> the same shape."""
+        return recompute(super().forward, x) if self.grad_checkpoint else super().forward(x)
 
-    Raises:
-        InputError: an argument no model can have, or a file that does not hold this encoder.
+
+class FusedAttention(Attention):
+    """SAM's attention without its N x N matrix.
+
+    To the score of query q and key k SAM adds rel_h[q, row of k] + rel_w[q, column of k], and so builds a matrix of
+    N x N scores per head: at 1024 x 1024, N = 4096, most of the encoder's memory. The sum is an inner product:
+
+        q' = [q / sqrt(d), rel_w[q], rel_h[q]]      k' = [k, one-hot column of k, one-hot row of k]      v' = [v, 0, 0]
+
+    so plain attention over q', k' and v' is SAM's, and `scaled_dot_product_attention` has kernels for it that never
+    hold all scores. They want q', k' and v' equally wide, on CUDA a multiple of 8, hence the zeros.
     """
-    model = TSSAM(sam, image_size, high_freq, csa_blocks, mrm_blocks, attention)
-    if sam_checkpoint is not None:
-        load_sam(model, sam_checkpoint)
-    return model
+
+    windowed = False  # attention within windows is cheap to recompute
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x (B, h, w, C) -> the same shape."""
+        qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, h, w, 3, heads, d)
+        return self.proj(recompute(self.attend, qkv) if self.windowed else self.attend(qkv))
+
+    def attend(self, qkv: Tensor) -> Tensor:
+        """qkv (B, h, w, 3, heads, d) -> (B, h, w, C)."""
+        q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # each (B, heads, h, w, d)
+        batch, heads, h, w, d = q.shape
+        padding = -(d + h + w) % 8
+        rel_h = torch.einsum("bnhwd,hkd->bnhwk", q, get_rel_pos(h, h, self.rel_pos_h))
+        rel_w = torch.einsum("bnhwd,wkd->bnhwk", q, get_rel_pos(w, w, self.rel_pos_w))
+        rows = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)
+        columns = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
+        one_hot = F.pad(torch.cat([columns, rows], dim=1), (0, padding)).expand(batch, heads, -1, -1)
+        q = torch.cat([q * self.scale, rel_w, F.pad(rel_h, (0, padding))], dim=-1).flatten(2, 3)
+        k = torch.cat([k.flatten(2, 3), one_hot], dim=-1)
+        v = F.pad(v.flatten(2, 3), (0, one_hot.shape[-1]))
+        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
+        return out.transpose(1, 2).reshape(batch, h, w, heads * d)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -534,100 +417,97 @@ SAM_FILES = {  # published file, sha256
 }
 
 
-def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
-    """Path of SAM's published weights in `folder`, downloaded there (progress bar, sha256 checked) if it has none.
+def build_tssam(
+    sam: str = "vit_h",
+    image_size: int = 1024,
+    high_freq: bool = False,
+    sam_checkpoint: str | os.PathLike | None = None,
+    csa_blocks: Iterable[int] | None = None,
+    mrm_blocks: Iterable[int] | None = None,
+) -> TSSAM:
+    """Build a TSSAM (see there) in training mode, its encoder filled from SAM's published weights if they are named."""
+    model = TSSAM(sam, image_size, high_freq, csa_blocks, mrm_blocks)
+    if sam_checkpoint is not None:
+        load_sam(model, sam_checkpoint)
+    return model
 
-    Raises:
-        InputError: no weights are published for `sam`, or the download failed.
-    """
+
+def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
+    """Path of SAM's published weights in `folder`, downloaded there (sha256 checked) if it has none."""
     if sam not in SAM_FILES:
         raise InputError(f"{sam}: no weights are published for it; --sam-checkpoint random trains on a random encoder")
     name, sha256 = SAM_FILES[sam]
     path = Path(folder) / name
     if not path.exists():
         print(f"downloading {SAM_URL}{name} to {path}", flush=True)
+        path.parent.mkdir(parents=True, exist_ok=True)
         try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            # To a temporary name beside `path`, which it gets only if the hash is right.
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=sha256)
-        except (OSError, RuntimeError, http.client.HTTPException) as error:
-            raise InputError(
-                f"SAM's weights could not be downloaded ({one_line(error)}): get {SAM_URL}{name} and put it at {path},"
-                " or name the file with --sam-checkpoint"
-            ) from error
+        except (OSError, RuntimeError) as error:
+            where = f"get {SAM_URL}{name} and put it at {path}, or name the file with --sam-checkpoint"
+            raise InputError(f"SAM's weights could not be downloaded ({one_line(error)}): {where}") from error
     return path
 
 
 def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
     """Fill the encoder from SAM's published weights, resampled where the model's image size is not SAM's 1024.
 
-    The position embedding is resampled bicubically, antialiased (ours); the relative positions of the global blocks
-    linearly, as SAM's `get_rel_pos` does at run time.
-
-    Raises:
-        InputError: an unreadable file, or tensors that are not this encoder's.
+    The position embedding is resampled bicubically with antialiasing (ours), the relative positions of the global
+    blocks linearly, as SAM's `get_rel_pos` does at run time.
     """
     prefix = "image_encoder."
-    state = {k[len(prefix) :]: v for k, v in load_file(path).items() if str(k).startswith(prefix)}
-    for name, parameter in model.image_encoder.named_parameters():
-        tensor = state.get(name)
-        if not isinstance(tensor, Tensor) or tensor.ndim != parameter.ndim or tensor.shape == parameter.shape:
-            continue  # fits already, or cannot: _load_strictly says so
-        if name == "pos_embed":
-            grid = parameter.shape[1:3]
-            resized = F.interpolate(tensor.movedim(-1, 1).float(), grid, mode="bicubic", antialias=True)
-            state[name] = resized.movedim(1, -1)
-        elif name.endswith(("rel_pos_h", "rel_pos_w")):
-            state[name] = F.interpolate(tensor.T[None].float(), len(parameter), mode="linear")[0].T
-    _load_strictly(model.image_encoder, state, f"{path}, as SAM's {model.config['sam']} encoder")
+    state = {name.removeprefix(prefix): t for name, t in load_file(path).items() if name.startswith(prefix)}
+    for name, ours in model.image_encoder.named_parameters():
+        theirs = state.get(name, ours)
+        if name == "pos_embed" and theirs.shape != ours.shape:
+            grid = F.interpolate(theirs.movedim(-1, 1).float(), ours.shape[1:3], mode="bicubic", antialias=True)
+            state[name] = grid.movedim(1, -1)
+        elif "rel_pos" in name and len(theirs) != len(ours):
+            state[name] = F.interpolate(theirs.T[None].float(), len(ours), mode="linear")[0].T
+    load_strictly(model.image_encoder, state, f"{path}, as SAM's {model.config['sam']} encoder")
 
 
-# Our names -> the released code's, whose checkpoints are one flat state dict, SAM's encoder and all.
-_RELEASED_NAMES = [
-    (r"^csa_embedding\.", r"image_encoder.csa_embedding."),
-    (r"^high_freq_embedding\.", r"image_encoder.fft_embedding.proj."),
-    (r"^csa\.(\d+)\.up\.0\.", r"image_encoder.csa_blocks.\1.conv1."),
-    (r"^csa\.(\d+)\.up\.1\.", r"image_encoder.csa_blocks.\1.bn1."),
-    (r"^csa\.(\d+)\.down\.0\.", r"image_encoder.csa_blocks.\1.conv2."),
-    (r"^csa\.(\d+)\.down\.1\.", r"image_encoder.csa_blocks.\1.bn2."),
-    (r"^mrm\.(\d+)\.compress\.", r"image_encoder.mrm_blocks.\1.conv_in."),
-    (r"^mrm\.(\d+)\.deconv\.", r"image_encoder.mrm_blocks.\1.fpn"),
-    (r"^mrm\.(\d+)\.gate\.1\.", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate."),
-    (r"^mrm\.(\d+)\.gate\.2\.", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate."),
-    (r"^ffd\.conv_csa\.", r"mask_decoder.conv1."),
-    (r"^ffd\.conv_mrm\.2\.", r"mask_decoder.conv2."),
-    (r"^ffd\.conv_mrm\.1\.", r"mask_decoder.conv4."),
-    (r"^ffd\.stage([12])\.2\.", r"mask_decoder.conv12_\1."),
-    (r"^ffd\.stage([12])\.1\.", r"mask_decoder.conv24_\1."),
-    (r"^ffd\.head\.", r"mask_decoder.conv1_1."),
+# Our names -> the names of the authors' checkpoints, which are one flat state dict, SAM's encoder and all.
+RELEASED_NAMES = [
+    (r"^csa_embedding", r"image_encoder.csa_embedding"),
+    (r"^high_freq_embedding", r"image_encoder.fft_embedding.proj"),
+    (r"^csa\.(\d+)\.up\.0", r"image_encoder.csa_blocks.\1.conv1"),
+    (r"^csa\.(\d+)\.up\.1", r"image_encoder.csa_blocks.\1.bn1"),
+    (r"^csa\.(\d+)\.down\.0", r"image_encoder.csa_blocks.\1.conv2"),
+    (r"^csa\.(\d+)\.down\.1", r"image_encoder.csa_blocks.\1.bn2"),
+    (r"^mrm\.(\d+)\.conv", r"image_encoder.mrm_blocks.\1.conv_in"),
+    (r"^mrm\.(\d+)\.deconv", r"image_encoder.mrm_blocks.\1.fpn"),
+    (r"^mrm\.(\d+)\.gate1\.w1", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.0"),
+    (r"^mrm\.(\d+)\.gate1\.w2", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.2"),
+    (r"^mrm\.(\d+)\.gate2\.w1", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.0"),
+    (r"^mrm\.(\d+)\.gate2\.w2", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.2"),
+    (r"^ffd\.conv_csa", r"mask_decoder.conv1"),
+    (r"^ffd\.inject2\.conv_mrm", r"mask_decoder.conv2"),
+    (r"^ffd\.inject1\.conv_mrm", r"mask_decoder.conv4"),
+    (r"^ffd\.inject2\.stage", r"mask_decoder.conv12_"),
+    (r"^ffd\.inject1\.stage", r"mask_decoder.conv24_"),
+    (r"^ffd\.head", r"mask_decoder.conv1_1"),
 ]
 
 
 def released_name(name: str) -> str:
     """The authors' name of one of our tensors: `csa.0.up.0.weight` -> `image_encoder.csa_blocks.0.conv1.weight`."""
-    for pattern, replacement in _RELEASED_NAMES:
+    for pattern, replacement in RELEASED_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
 def load_released(model: TSSAM, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]) -> None:
-    """Fill a model, encoder and all, from a checkpoint of the authors' code.
-
-    Raises:
-        InputError: an unreadable file; a missing, surplus or wrongly shaped tensor, which is named. The model is then
-            as it was.
-    """
-    if isinstance(path_or_state_dict, Mapping):
-        state, where = path_or_state_dict, "released state dict"
-    else:
-        state, where = load_file(path_or_state_dict), str(path_or_state_dict)
-    _load_strictly(model, state, where, rename=released_name)
+    """Fill a model, encoder and all, from a checkpoint of the authors' code."""
+    in_memory = isinstance(path_or_state_dict, Mapping)
+    state = path_or_state_dict if in_memory else load_file(path_or_state_dict)
+    load_strictly(model, state, "released state dict" if in_memory else str(path_or_state_dict), released_name)
 
 
 def fingerprint(model: TSSAM) -> str:
     """sha256 of the frozen encoder's weights: a trained part works with no other encoder.
 
-    Positions are left out: resampled to the image size, their last bits may differ from machine to machine.
+    Positions are left out, because their last bits after resampling may differ from machine to machine.
     """
     digest = hashlib.sha256()
     for name, tensor in model.image_encoder.state_dict().items():
@@ -637,40 +517,22 @@ def fingerprint(model: TSSAM) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(
-    path: str | os.PathLike,
-    model: TSSAM,
-    *,
-    task: str,
-    encoder: str,
-    sam_checkpoint: str | None = None,
-    encoder_seed: int | None = None,
-    **info,
-) -> None:
-    """Write the trained part of a model and what it takes to build it again; an older file stays until this is whole.
+def save_checkpoint(path: str | os.PathLike, model: TSSAM, *, task: str, encoder: dict, **info) -> None:
+    """Write the trained part of a model and what it takes to build it again.
 
     Args:
         task: `sod`, `cod` or `shadow`.
-        encoder: the model's `fingerprint`.
-        sam_checkpoint: path of the encoder's weights.
-        encoder_seed: seed that a random encoder was drawn from, first thing after `torch.manual_seed`.
+        encoder: of the encoder as it was loaded, the `fingerprint`, `sam_checkpoint` (the path of SAM's weights) and
+            `random`: None, or a random encoder's whole state dict, which no file holds.
         info: more plain values to keep.
     """
-    trained = {k: v.cpu() for k, v in model.state_dict().items() if not k.startswith("image_encoder.")}
-    content = dict(
-        config=model.config,
-        trained=trained,
-        task=task,
-        encoder=encoder,
-        sam_checkpoint=sam_checkpoint,
-        encoder_seed=encoder_seed,
-        **info,
-    )
+    trained = {name: t.cpu() for name, t in model.state_dict().items() if not name.startswith("image_encoder.")}
+    content = dict(config=model.config, trained=trained, task=task, encoder=encoder, **info)
     write(Path(path), lambda file: torch.save(content, file))
 
 
 def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None) -> tuple[TSSAM, dict]:
-    """Build the model of a file that `save_checkpoint` or the authors' code wrote; their tensors' names tell which.
+    """Build the model of a file that `save_checkpoint` or the authors' code wrote.
 
     Args:
         path: the checkpoint.
@@ -679,94 +541,58 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
 
     Returns:
         The model, on the CPU and in training mode, and a dict of what else `save_checkpoint` was given: `task`,
-        `encoder`, `sam_checkpoint`, `encoder_seed`, and from train.py `val`, `args`, `epoch` and (best.pt) `metrics`.
-        For an authors' checkpoint only `task`, which is `shadow` or stands for both others: `sod`.
-
-    Raises:
-        InputError: not such a file, or an encoder other than the one it was trained on.
+        `encoder`, and what train.py adds. For an authors' checkpoint `task` alone, which is `shadow` or, since the
+        file does not tell these two apart, `sod or cod`.
     """
-    info = load_file(path)
-    if "image_encoder.csa_embedding.weight" in info:
-        return _build_released(info, path, sam_checkpoint)
-    if not {"config", "trained", "task", "encoder", "sam_checkpoint", "encoder_seed"} <= info.keys():
+    content = load_file(path)
+    if {"image_encoder.csa_embedding.weight", "image_encoder.pos_embed"} <= content.keys():  # the authors'
+        if sam_checkpoint is not None:
+            raise InputError(f"{path}: the authors' checkpoint holds SAM's weights itself; leave out --sam-checkpoint")
+        _, g, _, width = content["image_encoder.pos_embed"].shape
+        sam = {spec["width"]: sam for sam, spec in ENCODERS.items()}.get(width, f"{width} wide")
+        high_freq = "image_encoder.fft_embedding.proj.weight" in content
+        model = TSSAM(sam, g * PATCH, high_freq)
+        load_strictly(model, content, str(path), released_name)
+        return model, {"task": "shadow" if high_freq else "sod or cod"}
+    if not {"config", "trained", "task", "encoder"} <= content.keys():
         raise InputError(f"{path}: neither a checkpoint written by train.py nor one of the authors' code")
-    config, trained = info.pop("config"), info.pop("trained")
-    known = inspect.signature(TSSAM).parameters
-    if not (isinstance(config, dict) and isinstance(trained, dict) and config.keys() <= known.keys()):
-        raise InputError(f"{path}: not written by this train.py; its config or weights are unknown here")
-    if sam_checkpoint is None and info["encoder_seed"] is not None:
-        with torch.random.fork_rng(devices=[]):
-            torch.default_generator.manual_seed(info["encoder_seed"])
-            model = build_tssam(**config)
-        source = f"the random one of seed {info['encoder_seed']} and torch {torch.__version__}"
+    model, encoder = TSSAM(**content.pop("config")), content["encoder"]
+    source = sam_checkpoint or encoder["sam_checkpoint"]
+    if encoder["random"] is not None and sam_checkpoint is None:
+        load_strictly(model.image_encoder, encoder["random"], str(path))
     else:
-        remembered = info["sam_checkpoint"]
-        if sam_checkpoint is None and remembered is not None and Path(remembered).exists():
-            sam_checkpoint = remembered
-        sam_checkpoint = sam_checkpoint or sam_weights(config["sam"])
-        model = build_tssam(**config, sam_checkpoint=sam_checkpoint)
-        source = str(sam_checkpoint)
-    if fingerprint(model) != info["encoder"]:
-        raise InputError(
-            f"{path}: trained on another {config['sam']} encoder than {source}; name the right one: --sam-checkpoint"
-        )
+        if sam_checkpoint is None and not os.path.exists(source):
+            source = sam_weights(model.config["sam"])
+        load_sam(model, source)
+    if fingerprint(model) != encoder["fingerprint"]:
+        raise InputError(f"{path}: trained on another encoder than {source}; name the right one: --sam-checkpoint")
     # The encoder's own tensors go in beside the stored ones, so that anything else missing or surplus is an error.
-    encoder = {k: v for k, v in model.state_dict().items() if k.startswith("image_encoder.")}
-    _load_strictly(model, {**trained, **encoder}, str(path))
-    return model, info
-
-
-def _build_released(state: Mapping[str, Tensor], path: str | os.PathLike, sam_checkpoint) -> tuple[TSSAM, dict]:
-    """`load_checkpoint` for the authors' checkpoints: which model it is, its tensors' names and shapes say."""
-    if sam_checkpoint is not None:
-        raise InputError(
-            f"{path}: a checkpoint of the authors' code, with SAM's weights inside; leave out --sam-checkpoint"
-        )
-    positions = state.get("image_encoder.pos_embed")
-    if not isinstance(positions, Tensor) or positions.ndim != 4:
-        raise InputError(f"{path}: image_encoder.pos_embed is missing, or not (1, g, g, C)")
-    depth = len({name.split(".")[2] for name in state if name.startswith("image_encoder.blocks.")})
-    _, g, _, width = positions.shape
-    sam = next((sam for sam, spec in ENCODERS.items() if (spec["width"], spec["depth"]) == (width, depth)), None)
-    if sam is None:
-        raise InputError(f"{path}: no encoder of SAM is {width} wide and {depth} blocks deep")
-    high_freq = "image_encoder.fft_embedding.proj.weight" in state
-    model = build_tssam(sam, g * PATCH, high_freq)
-    _load_strictly(model, state, str(path), rename=released_name)
-    return model, {"task": "shadow" if high_freq else "sod"}
+    own = {name: t for name, t in model.state_dict().items() if name.startswith("image_encoder.")}
+    load_strictly(model, own | content.pop("trained"), str(path))
+    return model, content
 
 
 def load_file(path: str | os.PathLike) -> dict:
-    """The dict in a file of `torch.save`, tensors on the CPU; read with `weights_only=True`.
-
-    Raises:
-        InputError: no such file, or not such a dict.
-    """
+    """The dict in a file of `torch.save`, tensors on the CPU; nothing but tensors and plain values is unpickled."""
+    if not os.path.isfile(path):
+        raise InputError(f"{path}: no such file")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise InputError(
-            f"{path}: no such file" if not Path(path).is_dir() else f"{path}: a folder; name a file"
-        ) from error
-    except Exception as error:  # what a broken or foreign file raises is anyone's guess
-        reason = error.strerror if isinstance(error, OSError) else type(error).__name__
-        raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {reason}") from error
+    except Exception as error:  # broken and foreign files raise anything
+        kind = type(error).__name__
+        raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {kind}") from error
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return content
 
 
-def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, rename=lambda name: name) -> None:
-    """load_state_dict that names what is missing, surplus or wrongly shaped (under `rename`d names) on one line."""
-    wanted = {rename(name): (name, tensor) for name, tensor in module.state_dict().items()}
-    shapes = {name: tuple(tensor.shape) if isinstance(tensor, Tensor) else None for name, tensor in state.items()}
+def load_strictly(module: nn.Module, state: Mapping, where: str, rename: Callable[[str], str] = str) -> None:
+    """load_state_dict whose error is one line: which tensors (under `rename`d names) are missing, surplus or wrong."""
+    wanted = {rename(name): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
+    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
     wrong = [f"{name} is missing" for name in wanted if name not in state]
     wrong += [f"{name} is surplus" for name in state if name not in wanted]
-    wrong += [
-        f"{name} is {shapes[name] or 'no tensor'}, not {tuple(tensor.shape)}"
-        for name, (_, tensor) in wanted.items()
-        if name in state and shapes[name] != tuple(tensor.shape)
-    ]
+    wrong += [f"{n} is {shapes[n]}, not {shape}" for n, (_, shape) in wanted.items() if shapes.get(n, shape) != shape]
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{where}: {'; '.join(wrong[:3])}{more}")
@@ -774,11 +600,7 @@ def _load_strictly(module: nn.Module, state: Mapping[str, Tensor], where: str, r
 
 
 def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Have `save` write a file under a temporary name beside it, then rename it: a file is whole or not there.
-
-    Raises:
-        InputError: it could not be written.
-    """
+    """Have `save` write a file under a temporary name, then rename it: the file is whole, or what it was before."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         save(temporary)
@@ -786,8 +608,7 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
             os.fsync(file.fileno())  # on the disk before it takes the older one's place
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
-        with suppress(OSError):
-            temporary.unlink()
+        temporary.unlink(missing_ok=True)
         raise InputError(f"{path}: cannot be written ({one_line(error)}); what was there before is whole") from error
 
 
@@ -797,159 +618,36 @@ def one_line(error: BaseException) -> str:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Speed and memory: python tssam.py
+# What each part is and costs: python tssam.py
 
 
-def peak_memory(device: torch.device) -> float:
-    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's (Windows: nan)."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device) / 2**20
-    if resource is None:
-        return math.nan
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-class SDPACalls(TorchDispatchMode):
-    """Within it, `served` notes which kernel `scaled_dot_product_attention` chose: {"4096 x 192": "flash", ...}."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.served: dict[str, str] = {}
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        name = re.fullmatch(r"aten\._scaled_dot_product_(?:fused_)?(\w+?)_attention\w*\.default", str(operator))
-        if name is not None:
-            self.served[" x ".join(map(str, args[0].shape[-2:]))] = name[1]
-        return operator(*args, **(kwargs or {}))
-
-
-def measure(
-    step: bool, sam: str, size: int, batch_size: int, precision: str, attention: str, grad_checkpoint: str
-) -> tuple[float, float, dict[str, str]]:
-    """(seconds, peak MB, SDPA's kernels) of a forward, or of a training step: forward, BCE, backward, Adam.
-
-    Seconds are the median of at least three runs after one to warm up; memory is this process's, so each case is to
-    have its own.
-    """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    torch.manual_seed(0)
-    with device:
-        model = build_tssam(sam, size, attention=attention).train(step)
-        images, masks = torch.randn(batch_size, 3, size, size), torch.rand(batch_size, 1, size, size).round()
-    model.grad_checkpoint = grad_checkpoint == "yes"
-    dtype = PRECISIONS[precision]
-    model.store_encoder(dtype)
-    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad])
-    scaler = torch.amp.GradScaler(device.type, enabled=dtype == torch.float16)
-
-    def run() -> float:
-        start = time.perf_counter()
-        with torch.set_grad_enabled(step):
-            with torch.autocast(device.type, dtype, enabled=dtype != torch.float32):
-                logits = model(images)
-            if step:
-                scaler.scale(F.binary_cross_entropy_with_logits(logits.float(), masks)).backward()
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad(set_to_none=True)
-        if device.type == "cuda":
-            torch.cuda.synchronize()
-        return time.perf_counter() - start
-
-    with SDPACalls() as sdpa:
-        run()
-    seconds = [run()]
-    while len(seconds) < 3 or (sum(seconds) < 5 and len(seconds) < 50):
-        seconds.append(run())
-    return statistics.median(seconds), peak_memory(device), sdpa.served
-
-
-class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows a script's docstring as it is and whose errors are one line (exit code 2)."""
-
-    def __init__(self, doc: str) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
-
-    def error(self, message: str) -> None:
-        self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
-
-
-def main() -> None:
-    """Print the parameters of models, and a row of measurements for each combination of the options."""
-    parser = Parser(
-        "Seconds and peak memory of TS-SAM with random weights, a process for each figure; comma lists give rows.\n"
-        "On a GPU memory is what PyTorch allocated there, on a CPU the process's peak RSS."
-    )
-
-    def choices(*known: str) -> Callable[[str], list[str]]:
-        """An argument that is a comma list of `known`."""
-
-        def parse(text: str) -> list[str]:
-            for name in text.split(","):
-                if name not in known:
-                    raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(known)}")
-            return text.split(",")
-
-        return parse
-
-    def numbers(text: str) -> list[int]:
-        """An argument that is a comma list of whole numbers."""
-        if not re.fullmatch(r"[1-9]\d{0,5}(,[1-9]\d{0,5})*", text):
-            raise argparse.ArgumentTypeError(f"{text!r} is no comma list of whole numbers above zero")
-        return [int(number) for number in text.split(",")]
-
-    options = {
-        "sam": (choices(*ENCODERS), ["vit_b"], ", ".join(ENCODERS)),
-        "size": (numbers, [1024], "image sides, multiples of 16"),
-        "batch_size": (numbers, [1], "images at a time"),
-        "precision": (choices(*PRECISIONS), ["fp32"], ", ".join(PRECISIONS)),
-        "attention": (choices(*ATTENTIONS), ["fused"], "fused, sam (the package's own)"),
-        "grad_checkpoint": (choices("no", "yes"), ["no"], "no, yes (blocks computed again in backward)"),
-    }
-    for name, (kind, default, values) in options.items():
-        text = f"comma list of {values} (default {default[0]})"
-        parser.add_argument(f"--{name.replace('_', '-')}", metavar="LIST", type=kind, default=default, help=text)
-    args = vars(parser.parse_args())
-
-    for sam, size in itertools.product(args["sam"], args["size"]):
-        try:
-            with torch.device("meta"):
-                model = build_tssam(sam, size)
-        except InputError as error:
-            parser.error(str(error))
-        if size != args["size"][0]:
-            continue
-        print(f"{sam}: parameters")
-        for name, module in model.named_children():
-            of_module = [(p.numel(), p.requires_grad) for p in module.parameters()]
-            kind = f"{len(module)} of them" if isinstance(module, nn.ModuleList) else ""
-            print(
-                f"  {name:<15}{sum(n for n, _ in of_module):>13,}  {'trained' if of_module[0][1] else 'frozen'}  {kind}"
-            )
-        trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-        print(f"  {trained:,} of {sum(p.numel() for p in model.parameters()):,} are trained")
-
-    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"CPU, {torch.get_num_threads()} threads"
-    print(f"on {where}, torch {torch.__version__}")
-    columns = [*options, "forward s", "images/s", "MB", "step s", "images/s", "MB", "attention's kernels"]
-    print(" | ".join(columns))
-    for values in itertools.product(*args.values()):
-        case, cells = dict(zip(args, values, strict=True)), []
-        for step in (False, True):
-            # A fresh process, whose peak memory is this figure's alone
-            with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
-                try:
-                    seconds, megabytes, served = pool.submit(measure, step, **case).result()
-                except (torch.OutOfMemoryError, BrokenProcessPool):
-                    cells += ["out of memory", "", ""]
-                else:
-                    cells += [f"{seconds:.3f}", f"{case['batch_size'] / seconds:.2f}", f"{megabytes:.0f}"]
-        kernels = ", ".join(f"{shape}: {kernel}" for shape, kernel in served.items()) or "none"
-        print(
-            " | ".join(f"{cell!s:>{len(c)}}" for c, cell in zip(columns, [*values, *cells, kernels], strict=True)),
-            flush=True,
-        )
+def summarize(sam: str, size: int = 1024) -> None:
+    """Print the parts of a TSSAM: equations, output for one image, trained parameters, multiply-adds."""
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:  # shapes, not numbers
+        model = TSSAM(sam, size).eval()
+        model(torch.empty(1, 3, size, size))
+    c1, c2, g = ENCODERS[sam]["csa_width"], ENCODERS[sam]["mrm_width"], size // PATCH
+    operations = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}  # by module's name
+    print(f"TS-SAM_{sam[-1].upper()}, one image of {size} x {size}")
+    print(f"  {'':<22}{'equations':<11}{'output':<32}{'trained parameters':>18}{'multiply-adds':>15}")
+    total = operations["TSSAM"] / 2e9
+    rest = total  # what is not listed yet: the encoder, in whose forward the taps run
+    for name, title, equations, output in (
+        ("csa_embedding", "embedding of F_csa^0", "", f"{c1} x {g} x {g}"),
+        ("csa", f"{len(model.csa)} CSA", "1-2", f"{c1} x {g} x {g}"),
+        ("mrm", f"{len(model.mrm)} MRM", "3-5", f"{c2} x {4 * g} x {4 * g}, {c2} x {2 * g} x {2 * g}"),
+        ("ffd", "FFD", "6-10", f"1 x {4 * g} x {4 * g}"),
+    ):
+        trained = sum(p.numel() for p in model.get_submodule(name).parameters())
+        cost = sum(n for module, n in operations.items() if re.fullmatch(rf"TSSAM\.{name}(\.\d+)?", module)) / 2e9
+        rest -= cost
+        print(f"  {title:<22}{equations:<11}{output:<32}{trained:>18,}{cost:>13.1f} G")
+    frozen, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad is kind) for kind in (False, True))
+    print(f"  {'SAM encoder, frozen':<22}{'':<11}{f'{frozen:,} parameters':<32}{0:>18,}{rest:>13.1f} G")
+    print(f"  {'together':<22}{'':<11}{f'{frozen + trained:,} parameters':<32}{trained:>18,}{total:>13.1f} G")
 
 
 if __name__ == "__main__":
-    main()
+    for name in ("vit_b", "vit_l", "vit_h"):
+        summarize(name)
+    print("Shadow detection adds the high-frequency embedding: 196,864 trained parameters.")
