@@ -541,6 +541,9 @@ def on_stop(message: Callable[[], str]) -> None:
         if os.getpid() != main_process:
             os._exit(0)  # a worker that was forked a moment ago
         kill_workers()
+        server = multiprocessing.forkserver._forkserver._forkserver_pid
+        if server is not None:  # may be busy with its imports, and would end after them alone
+            os.kill(server, signal.SIGKILL)
         if os.environ.get("RANK", "0") == "0":
             start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
             os.write(2, f"{start}{Path(sys.argv[0]).name}: {message()}\n".encode())
