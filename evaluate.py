@@ -528,6 +528,7 @@ def start_worker(*_) -> None:
 
 def kill_workers() -> None:
     for process in multiprocessing.active_children():
+        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
         process.kill()
 
 

@@ -1061,7 +1061,7 @@ def test_what_training_refuses_and_says(here, monkeypatch, capsys):
     (here / "full/photo.jpg").touch()
     (here / "broken/Imgs").mkdir(parents=True)
     make_pairs(here / "broken", "Imgs + GT", "ab")
-    (here / "broken/Imgs/a.jpg").write_bytes((here / "broken/Imgs/a.jpg").read_bytes()[:400])
+    (here / "broken/Imgs/a.jpg").write_bytes((here / "broken/Imgs/a.jpg").read_bytes()[:-500])
     out = ("--epochs", 1, "--out", "out")
     for arguments, message in (
         ((), "--data: name the dataset to train on, or try --demo"),
@@ -1080,6 +1080,10 @@ def test_what_training_refuses_and_says(here, monkeypatch, capsys):
         code, _, err = script(monkeypatch, capsys, train, *arguments)
         assert code == 2 and message in err.splitlines()[-1] and err.startswith(("train.py: error", "warning:")), err
     assert not Path("out/best.pt").exists() and list((here / "full").iterdir()) == [here / "full/photo.jpg"]
+    # The same with workers that are still alive at the end.
+    ended = in_a_process([train.__file__], *SMALL, "--out", "many", "--data", "broken", "--workers", 2)
+    assert ended.returncode == 2 and "a.jpg: cannot be read as an image (" in ended.stderr.splitlines()[-1]
+    assert ended.stderr.count("\n") == 2  # that line, and the warning of a random encoder
     # A bug keeps its traceback.
     with pytest.raises(ZeroDivisionError):
         evaluate.run(lambda: 1 / 0)
