@@ -439,12 +439,12 @@ def show(metrics: dict[str, float], number: int = 4) -> dict[str, str]:
     return {name: f"{value:.{2 if name.startswith('BER') else number}f}" for name, value in metrics.items()}
 
 
-def print_rows(name: str, images: int, metrics: dict[str, float], protocol: str, header: bool) -> None:
-    """Print a dataset's row of the table and, under the protocol that they were made by, the paper's rows."""
+def print_rows(name: str, images: int, metrics: dict[str, float], header: bool) -> None:
+    """Print a dataset's row of the table and, where the columns are those of the paper's protocol, the paper's rows."""
     lines = [("dataset", "images", {column: column for column in metrics})] if header else []
     lines.append((name, images, show(metrics)))
     for model, published in zip(("TS-SAM_B", "TS-SAM_H"), PUBLISHED.get(plain_name(name), ()), strict=False):
-        if protocol == "paper" and published.keys() == metrics.keys():
+        if published.keys() == metrics.keys():
             lines.append((f"  {model}, paper", "", show(published, 3)))
     for first, second, cells in lines:
         print(f"{first:<20}  {second:>6}" + "".join(f"  {cell:>{max(6, len(c))}}" for c, cell in cells.items()))
@@ -690,7 +690,7 @@ def main() -> None:
             print(f"{s.name}: no masks, so no metrics; {len(s.pairs)} predictions in {folder}; {cost}")
             continue
         metrics = average(sums, args.task or "sod", args.protocol)
-        print_rows(s.name, len(s.pairs), metrics, args.protocol, header=not table)
+        print_rows(s.name, len(s.pairs), metrics, header=not table)
         table.append({"dataset": s.name, "images": len(s.pairs), "protocol": args.protocol, **metrics})
         if args.csv is not None:
             write_csv(table, CSV_COLUMNS, args.csv)

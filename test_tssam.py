@@ -581,6 +581,11 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path):
         assert torch.equal(rebuilt.eval()(images()), model.eval()(images()))
     with pytest.raises(InputError, match="best.pt: trained on another encoder than .*other.pth"):
         load_checkpoint(path, sam_file(tmp_path / "other.pth", 64, seed=6))
+    state = torch.load(sam, weights_only=True)
+    state["image_encoder.blocks.3.mlp.lin2.bias"][0] += 1e-3  # as a LoRA that was merged
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="best.pt: trained on another encoder than .*other.pth"):
+        load_checkpoint(path, tmp_path / "other.pth")
     rebuilt, _ = load_checkpoint(checkpoint(tmp_path / "random.pt", model))
     assert torch.equal(rebuilt.eval()(images()), model(images()))
     del stored["trained"]["ffd.head.bias"]
