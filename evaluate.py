@@ -27,10 +27,11 @@ import signal
 import sys
 import threading
 import time
+import warnings
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import NamedTuple
 
@@ -48,7 +49,9 @@ from tssam import TSSAM, InputError, load_checkpoint, one_line, write
 # ---------------------------------------------------------------------------------------------------------------------
 # Find the images
 
-IMAGE_ENDINGS = (".jpg", ".jpeg", ".png", ".bmp", ".webp")
+Image.init()
+IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+Image.MAX_IMAGE_PIXELS = None  # a user's own large photograph is no attack
 
 # Folder names of the datasets as people download them, see `named`. ISTD's train_c is the shadow-free image, no mask.
 IMAGE_FOLDERS = "im img imgs image images shadowimages train_a test_a"
@@ -75,6 +78,12 @@ class ImageSet(NamedTuple):
         image, mask = self.pairs[0]
         folders = f"{image.parent} and {mask.parent.name}" if mask else f"{image.parent}, without masks"
         return f"{self.name}: {folders}, {self.split or 'no'} split, {len(self.pairs)} images"
+
+
+@cache  # once
+def warn(text: str) -> None:
+    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
+        print(f"warning: {text}", file=sys.stderr)
 
 
 def named(folder: str, words: str) -> bool:
@@ -142,7 +151,9 @@ def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) 
             raise InputError(f"{folder}: several folders of one kind, {' and '.join(found)}; leave one of them there")
         files.append(image_files(folder / found[0]) if found else {})
         if found and not files[-1]:
-            raise InputError(f"{folder / found[0]}: no image files in it ({', '.join(IMAGE_ENDINGS)})")
+            there = ", ".join(sorted(f.name for f in (folder / found[0]).iterdir())[:5]) or "nothing"
+            hint = "; of CAMO, take the COD pack's" if there == "Test, Train" else ""
+            raise InputError(f"{folder / found[0]}: no image files in it, but {there}{hint}")
     images, masks = files
     alone = sorted(images.keys() ^ masks.keys())
     if alone and masks:
@@ -157,11 +168,18 @@ def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) 
 def image_files(folder: Path) -> dict[str, Path]:
     """The image files in a folder by their stems, sorted, without hidden ones."""
     files: dict[str, Path] = {}
+    others = []
     for file in sorted(folder.iterdir()):
-        if file.suffix.lower() in IMAGE_ENDINGS and not file.name.startswith(".") and not file.is_dir():
-            if file.stem in files:
-                raise InputError(f"{file}: {files[file.stem].name} has the same name but for its ending; remove one")
+        if file.name.startswith(".") or file.is_dir():
+            continue
+        if file.suffix.lower() not in IMAGE_ENDINGS:
+            others.append(file.name)
+        elif file.stem in files:
+            raise InputError(f"{file}: {files[file.stem].name} has the same name but for its ending; remove one")
+        else:
             files[file.stem] = file
+    if others:
+        warn(f"{folder}: left out {len(others)} files that are no images by their endings, such as {others[0]}")
     return files
 
 
@@ -170,13 +188,16 @@ def image_files(folder: Path) -> dict[str, Path]:
 
 IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
 IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
 def open_image(path: Path, mode: str | None = None) -> Image.Image:
     """An image file converted to `mode`, or with its header alone read. Alpha is dropped (source: release)."""
     try:
         image = Image.open(path)
-        return image.convert(mode) if mode else image
+        converted = image.convert(mode) if mode else image
+        converted.format = image.format
+        return converted
     except Exception as error:  # broken files raise anything
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
 
@@ -188,9 +209,12 @@ def read_image(path: Path, has_mask: bool = False) -> Image.Image:
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask file as 8-bit grey. One that is nowhere above 128, such as a mask of 0 and 1, is read as 0 and 255."""
+    """A mask file as 8-bit grey. One that is nowhere above 128, such as a mask of 0 and 1, is read as 0 and 255; one in
+    a lossy file, where the object's border is surrounded by faint noise, is cut at 128."""
     mask = open_image(path, "L")
-    return mask.point(lambda v: 255 * (v > 0)) if mask.getextrema()[1] <= 128 else mask
+    if mask.getextrema()[1] <= 128:
+        return mask.point(lambda v: 255 * (v > 0))
+    return mask.point(lambda v: 255 * (v > 128)) if mask.format in LOSSY else mask
 
 
 def resize_mask(mask: Image.Image, size: int) -> np.ndarray:
@@ -221,14 +245,31 @@ def read_images(batch: list[tuple[Path, Path | None]], size: int) -> tuple[Tenso
     return torch.stack([to_input(image, size) for image in images]), infos
 
 
-def check_sizes(name: str, pairs: list[tuple[Path, Path | None]]) -> None:
-    """Open every file's header; warn of images (or maps) that are not of their mask's size."""
-    bar = tqdm(pairs, name, unit="img", leave=False, disable=None)
-    sizes = [(image, open_image(image).size, open_image(mask or image).size) for image, mask in bar]
-    unequal = [f"{image.name} ({a[0]} x {a[1]}, mask {b[0]} x {b[1]})" for image, a, b in sizes if a != b]
+def check_files(name: str, pairs: list[tuple[Path, Path | None]]) -> int:
+    """Open every file's header and read every mask; warn of images (or maps) that are not of their mask's size, and of
+    masks that say nothing; the number of empty masks."""
+    unequal, empty, full = [], [], []
+    for image_file, mask_file in tqdm(pairs, name, unit="img", leave=False, disable=None):
+        image = open_image(image_file)
+        if mask_file is not None:
+            mask = read_mask(mask_file)
+            darkest, brightest = mask.getextrema()
+            if brightest == 0:
+                empty.append(mask_file)
+            elif darkest > 0:
+                full.append(mask_file)
+            if image.size != mask.size:
+                a, b = image.size, mask.size
+                unequal.append(f"{image_file.name} ({a[0]} x {a[1]}, mask {b[0]} x {b[1]})")
+    for masks, what in ((empty, "are empty"), (full, "have no background")):
+        if len(masks) == len(pairs):
+            raise InputError(f"{name}: all {len(pairs)} masks {what}, such as {masks[0]}; look how they were made")
+    if empty or full:
+        warn(f"{name}: {len(empty)} of {len(pairs)} masks are empty, {len(full)} have no background")
     if unequal:
         which = f"{len(unequal)} of {len(pairs)} files are not of their mask's size, such as {', '.join(unequal[:3])}"
-        print(f"warning: {name}: {which}; each is resized by itself", file=sys.stderr)
+        warn(f"{name}: {which}; each is resized by itself")
+    return len(empty)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -237,6 +278,8 @@ def check_sizes(name: str, pairs: list[tuple[Path, Path | None]]) -> None:
 
 def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) -> dict[str, float | np.ndarray]:
     """One image's metrics, by `py_sod_metrics`, as values that add up over a dataset (see `average`).
+
+    A metric that is nan, as S is if all foreground lies in the last row, counts 0 (source: release).
 
     All but BER see the prediction stretched to [0, 1] first, as the field's toolboxes do: a map's offset and contrast
     do not count, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 as it is (source:
@@ -249,22 +292,25 @@ def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) ->
     grey = prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255  # the range step takes
 
     def result_of(metric) -> dict:
-        metric.step(grey, mask.astype(np.uint8) * 255)
-        return metric.get_results()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # NumPy's, about nan
+            metric.step(grey, mask.astype(np.uint8) * 255)
+            return metric.get_results()
 
     row = {"images": 1, "S": result_of(py_sod_metrics.Smeasure())["sm"]}
     if task == "shadow":
         positive = np.count_nonzero(mask)
         counts = py_sod_metrics.FmeasureV2.get_statistics(grey > 125, mask, positive, mask.size - positive)
-        return row | {"BER": ber(counts), "tp_fp_tn_fn": np.array([counts[n] for n in ("tp", "fp", "tn", "fn")])}
-    row["E"] = result_of(py_sod_metrics.Emeasure())["em"]["curve"]  # at 256 thresholds
-    row["wF"] = result_of(py_sod_metrics.WeightedFmeasure(beta=0.3 if protocol == "paper" else 1))["wfm"]  # beta^2
-    row["MAE"] = result_of(py_sod_metrics.MAE())["mae"]
-    if protocol == "full-size":
-        handler = py_sod_metrics.FmeasureHandler(with_dynamic=True, with_adaptive=True, beta=0.3)
-        f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
-        row |= {"F": f_measure["dynamic"], "adpF": f_measure["adaptive"]}
-    return row
+        row |= {"BER": ber(counts), "tp_fp_tn_fn": np.array([counts[n] for n in ("tp", "fp", "tn", "fn")])}
+    else:
+        row["E"] = result_of(py_sod_metrics.Emeasure())["em"]["curve"]  # at 256 thresholds
+        row["wF"] = result_of(py_sod_metrics.WeightedFmeasure(beta=0.3 if protocol == "paper" else 1))["wfm"]  # beta^2
+        row["MAE"] = result_of(py_sod_metrics.MAE())["mae"]
+        if protocol == "full-size":
+            handler = py_sod_metrics.FmeasureHandler(with_dynamic=True, with_adaptive=True, beta=0.3)
+            f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
+            row |= {"F": f_measure["dynamic"], "adpF": f_measure["adaptive"]}
+    return {name: np.nan_to_num(value) for name, value in row.items()}
 
 
 def ber(counts: dict[str, int]) -> float:
@@ -278,8 +324,8 @@ def add(sums: dict, row: dict) -> dict:
 
 
 def average(sums: dict, task: str, protocol: str) -> dict[str, float]:
-    """A dataset's metrics from the sums over its images. E is the mean over thresholds, maxF the largest of the mean
-    F-measures at one threshold; BER is in percent, the mean over images, and BER_pooled over all their pixels."""
+    """A dataset's metrics from the sums over its images. E and meanF are the mean, maxE and maxF the largest value of
+    the images' mean curve over the thresholds; BER is in percent, the mean over images, BER_pooled over all pixels."""
     mean = {name: total / sums["images"] for name, total in sums.items()}
     if task == "shadow":
         metrics = {"BER": mean["BER"]}
@@ -289,11 +335,20 @@ def average(sums: dict, task: str, protocol: str) -> dict[str, float]:
         metrics = {"S": mean["S"], "E": mean["E"].mean(), "wF": mean["wF"], "MAE": mean["MAE"]}
         if protocol == "full-size":
             metrics |= {"maxF": mean["F"].max(), "adpF": mean["adpF"]}
+            metrics |= {"meanF": mean["F"].mean(), "maxE": mean["E"].max()}
     return {name: float(value) for name, value in metrics.items()}
 
 
 # ---------------------------------------------------------------------------------------------------------------------
 # Score a dataset: image files -> network, in this process -> `finish`, in workers -> sums
+
+
+PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+
+
+def autocast(device: str, precision: str) -> torch.autocast:
+    """What the network runs under; losses, FFT and metrics are float32 all the same."""
+    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
 
 
 def to_map(logit: Tensor, size: tuple[int, int]) -> np.ndarray:
@@ -321,9 +376,12 @@ def finish(job: tuple, task: str, protocol: str, save: Path | None) -> dict:
     return score(to_map(logit, (mask.height, mask.width)), np.asarray(mask) > 128, task, protocol)
 
 
-def finish_map(job: tuple[Path, Path], task: str) -> dict:
-    """Score a saved map (map, mask file) under the full-size protocol; one of another size is resized bilinearly."""
-    grey, mask = open_image(job[0], "L"), read_mask(job[1])
+def finish_map(job: tuple[Path, Path], task: str, scale: int = 1) -> dict:
+    """Score a saved map (map, mask file) under the full-size protocol; one of another size is resized bilinearly.
+
+    scale: 255 for maps of 0 and 1.
+    """
+    grey, mask = open_image(job[0], "L").point(lambda v: v * scale), read_mask(job[1])
     if grey.size != mask.size:
         grey = grey.resize(mask.size, Image.Resampling.BILINEAR)
     return score(np.asarray(grey), np.asarray(mask) > 128, task, "full-size")
@@ -386,6 +444,15 @@ def evaluate(
     yield from progress(results, "evaluate", len(pairs))
 
 
+def score_maps(name: str, pairs: list[tuple[Path, Path]], task: str, workers: int) -> Iterator[dict]:
+    """What `score` gives for each saved map of a dataset; where none is brighter than 1, maps are of 0 and 1."""
+    brightest = max(open_image(file, "L").getextrema()[1] for file, _ in pairs)
+    if task == "shadow" and brightest != 1 and brightest <= 125:
+        warn(f"{name}: no map is brighter than {brightest} of 255; BER cuts them at 125, so all are black to it")
+    work = partial(finish_map, task=task, scale=255 if brightest == 1 else 1)
+    yield from progress(in_workers(work, pairs, workers), "evaluate", len(pairs))
+
+
 def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
     """`items` under a progress bar, where stderr is a terminal; of torchrun's processes the first draws it."""
     disable = None if os.environ.get("RANK", "0") == "0" else True
@@ -393,7 +460,8 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
 
 
 def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path, height: int = 160) -> None:
-    """Draw a row `image | ground truth | prediction` for each (title, image, mask, map file) into one PNG."""
+    """Draw a row `image | ground truth | prediction` for each (title, image, mask, map file) into one PNG; maps are
+    shown as they were saved, not stretched as for the metrics."""
     gap, text = 6, 16
     panels = []
     for _, image_file, mask_file, map_file in rows:
@@ -404,7 +472,7 @@ def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path, height: 
     column = max(row[0].width for row in panels) + gap
     sheet = Image.new("RGB", (3 * column + gap, text + len(rows) * (text + height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
-    for x, name in enumerate(("image", "ground truth", "prediction")):
+    for x, name in enumerate(("image", "ground truth", "prediction as saved")):
         draw.text((gap + x * column, 2), name, fill="black")
     for y, ((title, *_), row) in enumerate(zip(rows, panels, strict=True)):
         top = text + y * (text + height + gap)
@@ -417,7 +485,8 @@ def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path, height: 
 # ---------------------------------------------------------------------------------------------------------------------
 # Tables
 
-CSV_COLUMNS = ("dataset", "images", "protocol", "S", "E", "wF", "MAE", "maxF", "adpF", "BER", "BER_pooled")
+CSV_COLUMNS = ("model", "dataset", "images", "protocol", "S", "E", "wF", "MAE", "maxF", "adpF", "meanF", "maxE")
+CSV_COLUMNS += ("BER", "BER_pooled", "precision")
 
 # Tables I and II of the paper for TS-SAM_B and TS-SAM_H. Table III's numbers are not at hand.
 PUBLISHED = {
@@ -439,19 +508,24 @@ def show(metrics: dict[str, float], number: int = 4) -> dict[str, str]:
     return {name: f"{value:.{2 if name.startswith('BER') else number}f}" for name, value in metrics.items()}
 
 
-def print_rows(name: str, images: int, metrics: dict[str, float], header: bool) -> None:
-    """Print a dataset's row of the table and, where the columns are those of the paper's protocol, the paper's rows."""
+def print_rows(name: str, images: int, metrics: dict[str, float], header: bool, published: bool) -> None:
+    """Print a dataset's row of the table and, if `published` and the metrics are the paper's, the paper's rows."""
     lines = [("dataset", "images", {column: column for column in metrics})] if header else []
     lines.append((name, images, show(metrics)))
-    for model, published in zip(("TS-SAM_B", "TS-SAM_H"), PUBLISHED.get(plain_name(name), ()), strict=False):
-        if published.keys() == metrics.keys():
-            lines.append((f"  {model}, paper", "", show(published, 3)))
+    for model, row in zip(("TS-SAM_B", "TS-SAM_H"), PUBLISHED.get(plain_name(name), ()), strict=False):
+        if published and row.keys() == metrics.keys():
+            lines.append((f"  {model}, paper", "", show(row, 3)))
     for first, second, cells in lines:
         print(f"{first:<20}  {second:>6}" + "".join(f"  {cell:>{max(6, len(c))}}" for c, cell in cells.items()))
 
 
+def read_csv(path: Path) -> list[dict]:
+    """The rows of a table of `write_csv`; none where there is no file."""
+    return [*csv.DictReader(path.read_text("utf-8", "surrogateescape").splitlines())] if path.exists() else []
+
+
 def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
-    """A table of `rows`, numbers in full precision, empty where a row has not all `columns`."""
+    """Write a table of `rows`, numbers in full precision, empty where a row has not all `columns`."""
 
     def save(temporary: Path) -> None:
         with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
@@ -586,7 +660,7 @@ def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
     group = parser.add_argument_group("what to score")
     what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", metavar="FILE", help="checkpoint of train.py, or of the authors' code")
+    what.add_argument("--ckpt", nargs="+", metavar="FILE", help="checkpoints of train.py, or of the authors' code")
     what.add_argument("--maps", type=Path, metavar="DIR", help="score saved maps, DIR/<dataset>/<image's stem>.png")
     group.add_argument("--sam-checkpoint", metavar="FILE", help="SAM's weights (default: the file used in training)")
     text = "datasets, folders above several, images without masks (default: what it was validated on)"
@@ -594,10 +668,12 @@ def parse_arguments() -> argparse.Namespace:
     group = parser.add_argument_group("how to score it")
     text = "see above (default paper; --maps: full-size; `original` is full-size too)"
     group.add_argument("--protocol", choices=("paper", "full-size", "original"), help=text)
+    text = "of the network (default fp32, so that a table does not depend on the card)"
+    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=text)
     text = "what --maps show (default sod): shadows are scored by BER"
     group.add_argument("--task", choices=("sod", "cod", "shadow"), help=text)
     group = parser.add_argument_group("what to write")
-    group.add_argument("--csv", type=Path, metavar="FILE", help="the table in full precision (replaces an older one)")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="the table in full precision, below what it holds")
     text = "new folder for 8-bit maps at each image's own size, <dataset>/<image's stem>.png, and overview pictures"
     group.add_argument("--save", type=Path, metavar="DIR", help=text)
     group = add_machine_arguments(parser)
@@ -607,6 +683,8 @@ def parse_arguments() -> argparse.Namespace:
     check_arguments(args, ("batch_size",))
     if args.protocol == "original":
         args.protocol = "full-size"
+    if args.ckpt is not None and args.save is not None and len(args.ckpt) > 1:
+        raise InputError("--save: takes the maps of one --ckpt; name the others one by one")
     if args.maps is not None:
         if args.data is None:
             raise InputError("--data: name the datasets that the maps belong to")
@@ -615,8 +693,8 @@ def parse_arguments() -> argparse.Namespace:
     elif args.task is not None:
         raise InputError("--task: goes with --maps; a checkpoint knows its own")
     args.protocol = args.protocol or ("paper" if args.maps is None else "full-size")
-    if args.csv is not None and args.csv.exists() and not args.csv.read_text().startswith("dataset,images,"):
-        raise InputError(f"--csv: {args.csv} exists and is no table of evaluate.py; name another file")
+    if args.csv is not None and args.csv.exists() and not args.csv.read_text().startswith(",".join(CSV_COLUMNS)):
+        raise InputError(f"--csv: {args.csv} exists and is no table of this evaluate.py; name another file")
     return args
 
 
@@ -631,7 +709,8 @@ def find_maps(maps: Path, s: ImageSet) -> list[tuple[Path, Path]]:
     map_of = image_files(known[0])
     missing = [f"{image.stem}.png" for image, _ in s.pairs if image.stem not in map_of]
     if missing:
-        text = f"{len(missing)} of {len(s.pairs)} maps are missing, such as {', '.join(missing[:3])}"
+        there = ", ".join(file.name for file in [*map_of.values()][:3]) or "no images"
+        text = f"{len(missing)} of {len(s.pairs)} maps are missing, such as {', '.join(missing[:3])}; there are {there}"
         raise InputError(f"{known[0]}: {text}")
     return [(map_of[image.stem], mask) for image, mask in s.pairs]
 
@@ -648,63 +727,66 @@ def prepare_save(save: Path, ckpt: str) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    if args.ckpt is not None:
-        model, info = load_checkpoint(args.ckpt, args.sam_checkpoint)
-        model.to(args.device)
-        args.task = info["task"]
-        args.data = args.data or [Path(folder) for folder in info.get("val", ())]
-        print(f"{args.ckpt}: {args.task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
-        if not args.data:
-            raise InputError(f"{args.ckpt}: trained without a validation set; name the data: --data")
-    sets = find_sets(args.data, "test")
-    for s in sets:
-        if [other.name for other in sets].count(s.name) > 1:
-            raise InputError(f"--data: {s.folder}: another dataset is called {s.name} too; evaluate them one by one")
-        if s.pairs[0][1] is None and args.save is None:
-            raise InputError(f"{s.folder}: no masks to score by (looked for {MASK_FOLDERS}); --save DIR only predicts")
-        print(s)
-    pairs_of = {s.name: find_maps(args.maps, s) if args.maps else s.pairs for s in sets}
-    for name, pairs in pairs_of.items():
-        check_sizes(name, pairs)
-    print(f"protocol: {args.protocol}; task: {args.task or 'sod'}")
-    if args.save is not None:
-        prepare_save(args.save, args.ckpt)
-
-    table: list[dict] = []
-    for s in sets:
-        folder = None if args.save is None else args.save / s.name if s.folder.is_dir() else args.save
-        if folder is not None:
-            folder.mkdir(exist_ok=True)
+    header: tuple[str, ...] = ()
+    for source in args.ckpt or [args.maps]:
+        model, task, data = None, args.task or "sod", args.data
         if args.maps is None:
-            rows = evaluate(model, s.pairs, args.task, args.protocol, args.batch_size, args.workers, folder)
-        else:
-            work = partial(finish_map, task=args.task or "sod")
-            rows = progress(in_workers(work, pairs_of[s.name], args.workers), "evaluate", len(s.pairs))
-        sums, ranking, start = {}, [], time.monotonic()
-        for row, (image, mask) in zip(rows, s.pairs, strict=True):
-            sums = add(sums, row)
-            if mask is not None:
-                ranking.append((row["S"], image, mask))
-        cost = f"{len(s.pairs) / (time.monotonic() - start):.2f} images/s, {peak_memory(args.device):.0f} MB"
-        if not sums:
-            print(f"{s.name}: no masks, so no metrics; {len(s.pairs)} predictions in {folder}; {cost}")
-            continue
-        metrics = average(sums, args.task or "sod", args.protocol)
-        print_rows(s.name, len(s.pairs), metrics, header=not table)
-        table.append({"dataset": s.name, "images": len(s.pairs), "protocol": args.protocol, **metrics})
-        if args.csv is not None:
-            write_csv(table, CSV_COLUMNS, args.csv)
-        if folder is not None:
-            ranking.sort()
-            chosen = {"worst": ranking[0], "median": ranking[len(ranking) // 2], "best": ranking[-1]}
-            save_overview(
-                [
-                    (f"{which}: {image.stem}, S {s_measure:.4f}", image, mask, folder / f"{image.stem}.png")
-                    for which, (s_measure, image, mask) in chosen.items()
-                ],
-                args.save / f"overview-{s.name}.png",
-            )
-            print(f"{s.name}: maps in {folder}, {cost}")
+            model, info = load_checkpoint(source, args.sam_checkpoint)
+            model.store_encoder(PRECISIONS[args.precision])
+            model.to(args.device)
+            task, data = info["task"], data or [Path(folder) for folder in info.get("val", ())]
+            print(f"{source}: {task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
+            if not data:
+                raise InputError(f"{source}: trained without a validation set; name the data: --data")
+        sets = find_sets(data, "test")
+        for s in sets:
+            if [other.name for other in sets].count(s.name) > 1:
+                raise InputError(f"--data: {s.folder}: another dataset is called {s.name} too; name one at a time")
+            if s.pairs[0][1] is None and args.save is None:
+                raise InputError(f"{s.folder}: no masks to score by (looked for {MASK_FOLDERS}); --save only predicts")
+            print(s)
+        pairs_of = {s.name: find_maps(args.maps, s) if args.maps else s.pairs for s in sets}
+        empty_masks = {name: check_files(name, pairs) for name, pairs in pairs_of.items()}
+        precision = "" if args.maps else args.precision
+        print(f"protocol: {args.protocol}; task: {task}" + (precision and f"; precision: {precision}"))
+        if args.save is not None:
+            prepare_save(args.save, source)
+
+        for s in sets:
+            pairs, sums, ranking, start = pairs_of[s.name], {}, [], time.monotonic()
+            folder = None if args.save is None else args.save / s.name if s.folder.is_dir() else args.save
+            if folder is not None:
+                folder.mkdir(exist_ok=True)
+            if args.maps is None:
+                rows = evaluate(model, pairs, task, args.protocol, args.batch_size, args.workers, folder)
+            else:
+                rows = score_maps(s.name, pairs, task, args.workers)
+            with autocast(args.device, args.precision):
+                for row, (image, mask) in zip(rows, s.pairs, strict=True):
+                    sums = add(sums, row)
+                    if mask is not None:
+                        ranking.append((row["S"], image, mask))
+            cost = f"{len(pairs) / (time.monotonic() - start):.2f} images/s, {peak_memory(args.device):.0f} MB"
+            if not sums:
+                print(f"{s.name}: no masks, so no metrics; {len(pairs)} predictions in {folder}; {cost}")
+                continue
+            metrics = average(sums, task, args.protocol)
+            print_rows(s.name, len(pairs), metrics, header != tuple(metrics), published=empty_masks[s.name] == 0)
+            header = tuple(metrics)
+            if args.csv is not None:
+                row = dict(model=source, dataset=s.name, images=len(pairs), protocol=args.protocol, precision=precision)
+                write_csv([*read_csv(args.csv), row | metrics], CSV_COLUMNS, args.csv)
+            if folder is not None:
+                ranking.sort()
+                chosen = {"worst": ranking[0], "median": ranking[len(ranking) // 2], "best": ranking[-1]}
+                save_overview(
+                    [
+                        (f"{which}: {image.stem}, S {s_measure:.4f}", image, mask, folder / f"{image.stem}.png")
+                        for which, (s_measure, image, mask) in chosen.items()
+                    ],
+                    args.save / f"overview-{s.name}.png",
+                )
+                print(f"{s.name}: maps in {folder}, {cost}")
 
 
 if __name__ == "__main__":

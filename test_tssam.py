@@ -9,6 +9,7 @@ import http.server
 import math
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import zlib
 from pathlib import Path
 
 import numpy as np
+import py_sod_metrics
 import pytest
 import torch
 import torch.nn.functional as F
@@ -25,6 +27,7 @@ from PIL import Image, ImageDraw
 from segment_anything import sam_model_registry
 from segment_anything.modeling.image_encoder import Attention, get_rel_pos
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -173,35 +176,20 @@ def test_high_pass():
 # ---------------------------------------------------------------------------------------------------------------------
 # The authors' numbers
 
+# fmt: off
 PARITY = {  # the released network in float64, ViT-B at 64 x 64, batch 2: some logits, the loss, gradients' norms
     False: dict(
         seed=31,
         loss=1.4989147499662112,
         eval_logits=[
-            0.10507520960191347,
-            -0.34816095926137935,
-            0.40816382066275614,
-            0.5747045321779736,
-            0.22499868521532218,
-            0.10546180342416812,
-            0.003492072470261261,
-            0.46672755304788544,
-            0.13509447736229027,
-            0.29074432704596154,
-            0.4357443761098373,
+            0.10507520960191347, -0.34816095926137935, 0.40816382066275614, 0.5747045321779736, 0.22499868521532218,
+            0.10546180342416812, 0.003492072470261261, 0.46672755304788544, 0.13509447736229027, 0.29074432704596154,
+            0.4357443761098373
         ],
         train_logits=[
-            0.38091806224182856,
-            -0.6855632680770801,
-            0.14713039480923573,
-            0.06318676032252235,
-            0.1149228509546421,
-            -0.7093597663289728,
-            -0.4310190047810222,
-            -0.07746748307220355,
-            0.03837977431232462,
-            0.10705375593002253,
-            -0.011778688021115275,
+            0.38091806224182856, -0.6855632680770801, 0.14713039480923573, 0.06318676032252235, 0.1149228509546421,
+            -0.7093597663289728, -0.4310190047810222, -0.07746748307220355, 0.03837977431232462, 0.10705375593002253,
+            -0.011778688021115275
         ],
         gradients={
             "image_encoder.csa_embedding.weight": 1.0527873790542046,
@@ -223,30 +211,14 @@ PARITY = {  # the released network in float64, ViT-B at 64 x 64, batch 2: some l
         seed=32,
         loss=0.2769969365752155,
         eval_logits=[
-            -0.39931008569859383,
-            -0.10191281324501773,
-            -0.195622523988275,
-            0.06562470908718122,
-            -0.3353982422872462,
-            0.06754271061584509,
-            -0.14986665770959445,
-            -0.1029378844753932,
-            -0.41216946906435065,
-            -0.007803954062022219,
-            0.14850713643814847,
+            -0.39931008569859383, -0.10191281324501773, -0.195622523988275, 0.06562470908718122, -0.3353982422872462,
+            0.06754271061584509, -0.14986665770959445, -0.1029378844753932, -0.41216946906435065,
+            -0.007803954062022219, 0.14850713643814847
         ],
         train_logits=[
-            0.4779838523596703,
-            0.6629647094905116,
-            0.06953275134037311,
-            0.21878607131674435,
-            0.5654207336177945,
-            0.45918221292917066,
-            0.9954114375156268,
-            -0.8010876415190812,
-            0.5969642931391606,
-            -0.12814133346182377,
-            0.2710887948917101,
+            0.4779838523596703, 0.6629647094905116, 0.06953275134037311, 0.21878607131674435, 0.5654207336177945,
+            0.45918221292917066, 0.9954114375156268, -0.8010876415190812, 0.5969642931391606, -0.12814133346182377,
+            0.2710887948917101
         ],
         gradients={
             "image_encoder.csa_embedding.weight": 0.3757180515991604,
@@ -266,6 +238,7 @@ PARITY = {  # the released network in float64, ViT-B at 64 x 64, batch 2: some l
         },
     ),
 }
+# fmt: on
 
 
 def seeded(name: str, shape: tuple[int, ...], seed: int) -> torch.Tensor:
@@ -419,6 +392,22 @@ def output_and_gradient(attention: Attention, x: torch.Tensor) -> tuple[torch.Te
     return output.detach(), x.grad
 
 
+@pytest.mark.parametrize("high_freq", [False, True])
+def test_no_tensor_is_left_on_the_cpu(high_freq):
+    """Forward and loss with every tensor on a pretended GPU."""
+    model = TSSAM("tiny", 64, high_freq)
+    with FakeTensorMode():
+        for module in model.modules():
+            for tensors in (module._parameters, module._buffers):
+                for name, t in tensors.items():
+                    if t is not None:
+                        fake = torch.empty(t.shape, dtype=t.dtype, device="cuda")
+                        tensors[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
+        x, masks = torch.empty(2, 3, 64, 64, device="cuda"), torch.empty(2, 1, 64, 64, device="cuda")
+        for loss_of in (train.bce_iou, train.balanced_bce):
+            assert loss_of(model(x), masks).device.type == "cuda"
+
+
 @pytest.mark.parametrize(
     "width, heads, sides, shape, windowed",
     [
@@ -555,8 +544,8 @@ def test_released_checkpoints(tmp_path):
         with pytest.raises(InputError, match=re.escape(message)):
             load_released(target, broken)
     assert torch.equal(target(images()), before)
-    with pytest.raises(InputError, match="the authors' checkpoint holds SAM's weights itself"):
-        load_checkpoint(tmp_path / "theirs.pth", "sam.pth")
+    torch.save({"model": {f"module.{name}": t for name, t in released.items()}}, tmp_path / "wrapped.pth")
+    assert torch.equal(load_checkpoint(tmp_path / "wrapped.pth")[0].eval()(images()), source(images()))
 
 
 def checkpoint(path: Path, model: TSSAM, sam: Path | None = None, task: str = "sod", **info) -> Path:
@@ -596,8 +585,22 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path):
 
 def test_files_that_are_no_checkpoints_are_rejected(tmp_path):
     path = sam_file(tmp_path / "sam.pth", SIZE)
-    with pytest.raises(InputError, match=r"sam.pth, as SAM's vit_b encoder: .*blocks.4.norm1.weight is missing"):
+    with pytest.raises(InputError, match=r"sam.pth: holds tiny, not vit_b: --sam tiny"):
         build_tssam("vit_b", 64, sam_checkpoint=path)
+    state = torch.load(path, weights_only=True)
+    for wrapped in ({"model": state, "epoch": 3}, {"state_dict": {f"module.{name}": t for name, t in state.items()}}):
+        torch.save(wrapped, tmp_path / "wrapped.pth")
+        assert torch.equal(
+            build_tssam("tiny", SIZE, sam_checkpoint=tmp_path / "wrapped.pth").image_encoder.pos_embed,
+            state["image_encoder.pos_embed"],
+        )
+    torch.save({f"vision_{name}": t for name, t in state.items()}, tmp_path / "other.pth")
+    with pytest.raises(InputError, match="other.pth: holds no encoder of SAM's; its tensors are vision_image_enc"):
+        build_tssam("tiny", 64, sam_checkpoint=tmp_path / "other.pth")
+    del state["image_encoder.blocks.3.norm1.weight"]
+    torch.save(state, tmp_path / "other.pth")
+    with pytest.raises(InputError, match=r"other.pth, as SAM's tiny encoder: blocks.3.norm1.weight is missing"):
+        build_tssam("tiny", 64, sam_checkpoint=tmp_path / "other.pth")
     for broken in (path.read_bytes()[:1000], b"<html>", b""):
         path.write_bytes(broken)
         with pytest.raises(InputError, match="sam.pth: not a checkpoint, or not a whole one; torch.load says"):
@@ -605,7 +608,7 @@ def test_files_that_are_no_checkpoints_are_rejected(tmp_path):
     torch.save({"f": functools.partial(print)}, path)  # anything but tensors and plain values is refused unread
     with pytest.raises(InputError, match="sam.pth: not a checkpoint, .* says UnpicklingError"):
         load_checkpoint(path)
-    for content, message in (([1], "holds a list"), ({"a": 1}, "neither a checkpoint written by train.py nor one of")):
+    for content, message in (([1], "holds a list"), ({"a": 1}, "neither .* nor one of the authors' code; it holds a")):
         torch.save(content, path)
         with pytest.raises(InputError, match=f"sam.pth: {message}"):
             load_checkpoint(path)
@@ -714,7 +717,7 @@ def test_layouts(tmp_path, layout):
     assert (named.name, named.pairs) == (s.name, s.pairs)
 
 
-def test_data_that_cannot_be_used_is_one_error(tmp_path):
+def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
     make_pairs(tmp_path / "alone", "Imgs + GT", "abc")
     (tmp_path / "alone/GT/b.png").unlink()
     make_pairs(tmp_path / "twice", "Imgs + GT")
@@ -727,6 +730,8 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
     make_pairs(tmp_path / "odd", "pictures + labels")
     make_pairs(tmp_path / "photos", "Imgs + elsewhere/GT")
     (tmp_path / "empty/Imgs").mkdir(parents=True)
+    make_pairs(tmp_path / "CAMO-V.1.0", "Images/Train + GT")
+    (tmp_path / "CAMO-V.1.0/Images/Test").mkdir()
     for names, split, message in (
         (["nowhere"], "test", "nowhere: no such file or folder"),
         (["alone"], "train", "alone: 1 images without a mask and 0 masks without an image, such as b"),
@@ -741,7 +746,8 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
         ),
         (["odd"], "test", "odd: no dataset for the test split.*labels, pictures"),
         (["photos"], "train", "photos: no folder of masks; looked for gt gts"),
-        (["empty"], "test", "Imgs: no image files in it"),
+        (["empty"], "test", "Imgs: no image files in it, but nothing"),
+        (["CAMO-V.1.0"], "train", "Images: no image files in it, but Test, Train; of CAMO, take the COD pack's"),
     ):
         with pytest.raises(InputError, match=message) as error:
             evaluate.find_sets([tmp_path / name for name in names], split)
@@ -749,6 +755,10 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
     assert [s.name for s in evaluate.find_sets([tmp_path / "two"], "test")] == ["A", "B"]
     (s,) = evaluate.find_sets([tmp_path / "photos/Imgs"], "test")  # images alone
     assert [(image.name, mask) for image, mask in s.pairs] == [("a.jpg", None), ("b.jpg", None)]
+    Image.new("RGB", (9, 9)).save(tmp_path / "photos/Imgs/c.tif")
+    (tmp_path / "photos/Imgs/d.heic").touch()
+    assert [image.name for image, _ in evaluate.find_sets([tmp_path / "photos/Imgs"], "test")[0].pairs][2] == "c.tif"
+    assert "Imgs: left out 1 files that are no images by their endings, such as d.heic" in capsys.readouterr().err
     (s,) = evaluate.find_sets([tmp_path / "photos/Imgs/b.jpg"], "test")
     assert (s.name, len(s.pairs)) == ("b", 1)
 
@@ -771,11 +781,26 @@ def test_masks_of_every_kind(tmp_path):
         read = evaluate.read_mask(tmp_path / "mask.png")
         assert read.mode == "L" and np.array_equal(np.asarray(read), expected)
         assert np.array_equal(evaluate.resize_mask(read.resize((60, 60), 0), 60)[::3, ::2], expected > 0)
+    Image.fromarray(disk * 255).save(tmp_path / "mask.jpg", quality=60)
+    assert len(np.unique(Image.open(tmp_path / "mask.jpg"))) > 10  # faint noise around the object
+    assert np.array_equal(evaluate.read_mask(tmp_path / "mask.jpg"), disk * 255)
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone's photograph, on its side
     Image.fromarray(disk * 255).save(tmp_path / "photo.jpg", exif=exif)
     assert evaluate.read_image(tmp_path / "photo.jpg").size == (20, 30)
     assert evaluate.read_image(tmp_path / "photo.jpg", has_mask=True).size == (30, 20)  # masks are drawn on the pixels
+
+
+def test_masks_that_say_nothing_are_counted(tmp_path, capsys):
+    pairs, blank = make_pairs(tmp_path, "Imgs + GT", "abcd"), Image.new("L", (48, 40))
+    blank.save(pairs[0][1])
+    blank.point(lambda v: v + 1).save(pairs[1][1])  # labels 1 and 2
+    assert evaluate.check_files("few", pairs) == 1
+    assert capsys.readouterr().err == "warning: few: 1 of 4 masks are empty, 1 have no background\n"
+    for number, message in ((0, "all 1 masks are empty, such as .*a.png"), (1, "all 1 masks have no background")):
+        with pytest.raises(InputError, match=message):
+            evaluate.check_files("few", pairs[number : number + 1])
+    assert evaluate.check_files("good", pairs[2:]) == 0 and capsys.readouterr().err == ""
 
 
 def test_training_batches(tmp_path):
@@ -816,6 +841,24 @@ def test_metrics_by_hand():
     faint = np.array([[0.2, 0.6, 0.2, 0.2]], np.float32)
     metrics = metrics_of([(faint, np.zeros((1, 4), bool))], "sod", "paper")
     assert metrics["MAE"] == pytest.approx(0.25) and metrics["S"] == pytest.approx(0.75)
+
+
+@pytest.mark.filterwarnings("error")
+@pytest.mark.parametrize("protocol", ["paper", "full-size"])
+def test_a_metric_that_is_nan_counts_zero(protocol):
+    rng = np.random.default_rng(0)
+    samples = [(rng.integers(0, 256, (16, 16), dtype=np.uint8), rng.random((16, 16)) > 0.5) for _ in range(3)]
+    if protocol == "paper":
+        samples = [(prediction / np.float32(255), mask) for prediction, mask in samples]
+    whole = metrics_of(samples[:2], "sod", protocol)["S"]
+    samples[2][1][:-1] = False  # all foreground in the last row
+    with pytest.warns(RuntimeWarning):
+        assert np.isnan(py_sod_metrics.Smeasure().cal_sm(samples[2][0] / 255, samples[2][1]))
+    assert metrics_of(samples, "sod", protocol)["S"] == pytest.approx(2 / 3 * whole)
+    for shape in ((1, 1), (1, 2), (2, 1)):
+        for value in (False, True):
+            metrics = metrics_of([(samples[0][0][: shape[0], : shape[1]], np.full(shape, value))], "sod", protocol)
+            assert all(math.isfinite(metric) for metric in metrics.values())
 
 
 @pytest.mark.parametrize("protocol", ["paper", "full-size"])
@@ -921,6 +964,7 @@ def script(monkeypatch, capsys, module, *arguments: object) -> tuple[int, str, s
     """Run train.py or evaluate.py in this process; (exit code, stdout, stderr)."""
     monkeypatch.setattr(sys, "argv", [f"{module.__name__}.py", *map(str, arguments)])
     monkeypatch.setattr(evaluate, "on_stop", lambda message: None)  # pytest's own handlers stay
+    evaluate.warn.cache_clear()
     code = 0
     try:
         evaluate.run(module.main)
@@ -941,10 +985,14 @@ def same_weights(one: dict, two: dict) -> bool:
     return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
 
 
+def read_rows(path: str) -> list[dict[str, str]]:
+    return [*csv.DictReader(Path(path).read_text().splitlines())]
+
+
 def numbers(path: str) -> list[dict[str, str]]:
     """The rows of a log.csv but for its times."""
-    rows = csv.DictReader(Path(path).read_text().splitlines())
-    return [{k: v for k, v in row.items() if k not in ("images_per_s", "peak_MB", "seconds")} for row in rows]
+    times = ("images_per_s", "peak_MB", "seconds")
+    return [{k: v for k, v in row.items() if k not in times} for row in read_rows(path)]
 
 
 @pytest.mark.parametrize(
@@ -972,7 +1020,7 @@ def test_training_by_hand(here, monkeypatch, capsys, task, loss_of, flags):
         for batch in (order[:2], order[2:4]):  # the fifth image is left over
             optimizer.zero_grad()
             for part in np.split(batch, parts):
-                items = [(*pairs[i], released and flips[i] < 0.5) for i in part]
+                items = [(*pairs[i], released and bool(flips[i] < 0.5)) for i in part]
                 x, masks = evaluate.read_pairs(items, 64)
                 loss = loss_of(model(x), masks) / parts
                 loss.backward()
@@ -982,15 +1030,39 @@ def test_training_by_hand(here, monkeypatch, capsys, task, loss_of, flags):
     assert same_weights(weights_of("run/last.pt"), trained)
     logged = numbers("run/log.csv")
     assert float(logged[1]["loss"]) == pytest.approx(sum(losses[2 * parts :]) / 2)
-    assert sorted(p.name for p in Path("run").iterdir()) == ["best.pt", "last.pt", "log.csv", "samples.png"]
+    files = ["best.pt", "curves.png", "last.pt", "log.csv", "samples.png"]
+    assert sorted(p.name for p in Path("run").iterdir()) == files
     # best.pt is the best epoch, and evaluate.py gives its numbers on the remembered data.
     column, better = ("BER", min) if task == "shadow" else ("S", max)
     best = torch.load("run/best.pt", weights_only=True)
     assert best["metrics"][column] == better(float(row[column]) for row in logged)
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "run/best.pt", "--csv", "t.csv", "--workers", 0)
-    (row,) = csv.DictReader(Path("t.csv").read_text().splitlines())
+    (row,) = read_rows("t.csv")
     assert code == 0 and (row["dataset"], row["protocol"]) == ("data", "paper")
     assert all(float(row[name]) == pytest.approx(value) for name, value in best["metrics"].items())
+
+
+def test_init_starts_from_trained_weights(here, monkeypatch, capsys):
+    sam, other = sam_file(here / "sam.pth", 64), sam_file(here / "other.pth", 64, seed=6)
+    trained = build_tssam("tiny", 64, sam_checkpoint=sam)
+    ours = checkpoint(here / "ours.pt", trained, sam)
+    torch.save({released_name(name): t for name, t in trained.state_dict().items()}, here / "theirs.pth")
+    for file, size in ((ours, 64), (here / "theirs.pth", 64), (ours, 32)):
+        arguments = (*SMALL, "--epochs", 1, "--lr", "1e-9", "--sam-checkpoint", sam, "--size", size, "--init", file)
+        code, out, err = script(monkeypatch, capsys, train, *arguments, "--out", f"{file.stem}-{size}")
+        assert code == 0 and err == ""
+        tuned, initial = weights_of(f"{file.stem}-{size}/best.pt"), trained.state_dict()
+        assert tuned.keys() == {name for name in initial if not name.startswith("image_encoder.")}
+        assert all(
+            torch.allclose(t, initial[n], atol=1e-7) for n, t in tuned.items() if not re.search("running|num_", n)
+        )
+    for file, message in ((ours, "ours.pt: trained on another encoder than "), ("theirs.pth", "another encoder, tiny")):
+        arguments = (*SMALL, "--sam-checkpoint", other, "--init", file, "--out", "no")
+        code, out, err = script(monkeypatch, capsys, train, *arguments)
+        assert code == 2 and message in err and err.count("\n") == 1
+    arguments = (*SMALL, "--sam-checkpoint", sam, "--init", ours, "--task", "shadow", "--out", "no")
+    code, out, err = script(monkeypatch, capsys, train, *arguments)
+    assert code == 2 and "ours.pt: high_freq_embedding.weight is missing" in err
 
 
 IN_A_PROCESS = """
@@ -1074,7 +1146,7 @@ def test_what_training_refuses_and_says(here, monkeypatch, capsys):
         ((*SMALL, *out, "--batch-size", 8), "--data: 5 images do not fill a batch of 8"),
         ((*SMALL, *out, "--accumulate", 3), "--batch-size: 2 is no multiple of 1 processes x --accumulate 3"),
         ((*SMALL, *out, "--lr", 0), "--lr: 0.0 is not a number above zero"),
-        ((*SMALL, *out, "--lr", "1e30"), "; last.pt holds epoch 0; try a lower --lr"),
+        ((*SMALL, *out, "--lr", "1e30"), "epoch 1, step 2: the loss is nan; last.pt holds epoch 0; try a lower --lr"),
         ((*SMALL, *out, "--device", "cuda:77"), "--device: cuda:77 cannot be used here"),
         ((*SMALL, *out, "--data", "broken", "--workers", 1), "a.jpg: cannot be read as an image ("),
         ((*SMALL, "--resume", "--out", "nowhere"), "nowhere/last.pt: no such file"),
@@ -1128,9 +1200,40 @@ def test_tables_and_saved_maps(here, monkeypatch, capsys):
     code, again, err = script(
         monkeypatch, capsys, evaluate, "--maps", "maps", "--data", "CAMO", "ECSSD", "--csv", "maps.csv", "--workers", 0
     )
-    assert code == 0 and Path("maps.csv").read_bytes() == Path("model.csv").read_bytes(), err
-    header, *rows = Path("maps.csv").read_text().splitlines()
-    assert header == "dataset,images,protocol,S,E,wF,MAE,maxF,adpF,BER,BER_pooled" and len(rows) == 2
+    columns = "model,dataset,images,protocol,S,E,wF,MAE,maxF,adpF,meanF,maxE,BER,BER_pooled,precision"
+    assert Path("model.csv").read_text().startswith(f"{columns}\nmodel.pt,CAMO,3,full-size,"), err
+    ours = Path("model.csv").read_text().replace("model.pt,", "maps,").replace(",fp32\n", ",\n")
+    assert Path("maps.csv").read_text() == ours and ours.count("\n") == 3
+    assert read_rows("maps.csv")[0]["meanF"] < read_rows("maps.csv")[0]["maxF"]
+    # Several checkpoints, below what the table holds.
+    shutil.copy("model.pt", "twin.pt")
+    code, out, err = script(
+        monkeypatch, capsys, evaluate, "--ckpt", "model.pt", "twin.pt", *arguments[2:], "--csv", "model.csv"
+    )
+    assert code == 0 and out.count("dataset") == 1 and out.count("\nECSSD  ") == 2
+    rows = read_rows("model.csv")
+    assert [row["model"] for row in rows] == ["model.pt"] * 4 + ["twin.pt"] * 2
+    assert [row["dataset"] for row in rows] == ["CAMO", "ECSSD"] * 3
+    assert rows[2] == rows[4] | {"model": "model.pt"} and rows[2]["protocol"] == "paper" != rows[0]["protocol"]
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--precision", "bf16", "--csv", "bf16.csv")
+    assert code == 0 and "precision: bf16" in out and read_rows("bf16.csv")[0]["precision"] == "bf16"
+    assert read_rows("bf16.csv")[0]["MAE"] != rows[2]["MAE"]
+    assert float(read_rows("bf16.csv")[0]["MAE"]) == pytest.approx(float(rows[2]["MAE"]), abs=0.02)
+    # Of a set with an empty mask the paper's rows are not printed, since published tables leave such images out.
+    shutil.copytree("CAMO", "hidden/CAMO")
+    Image.new("L", (48, 40)).save("hidden/CAMO/GT/b.png")
+    code, out, err = script(monkeypatch, capsys, evaluate, *arguments[:6], "--data", "hidden")
+    assert code == 0 and "warning: CAMO: 1 of 3 masks are empty, 0 have no background" in err and "TS-SAM_B" not in out
+    # Maps of 0 and 1 are masks.
+    for name, scale in (("ones", 1), ("dark", 90)):
+        Path(name).mkdir()
+        for file in Path("ECSSD/GT").iterdir():
+            Image.open(file).point(lambda v, scale=scale: v // 255 * scale).save(f"{name}/{file.name}")
+    shadow = ("--data", "ECSSD", "--task", "shadow", "--workers", 0)
+    code, out, err = script(monkeypatch, capsys, evaluate, "--maps", "ones", *shadow)
+    assert code == 0 and out.splitlines()[-1].split()[2:] == ["0.00", "0.00"] and not err
+    code, out, err = script(monkeypatch, capsys, evaluate, "--maps", "dark", *shadow)
+    assert code == 0 and "warning: ECSSD: no map is brighter than 90 of 255" in err
     # Images without masks are predicted, a single one too.
     code, out, err = script(
         monkeypatch, capsys, evaluate, *arguments[:6], "--data", "CAMO/Imgs", "ECSSD/Imgs/b.jpg", "--save", "new"
@@ -1143,11 +1246,16 @@ def test_tables_and_saved_maps(here, monkeypatch, capsys):
     (here / "notes.csv").write_text("mine")
     maps = ("--maps", "maps", "--workers", 0)
     for flags, message in (
-        ((*maps, "--data", "ECSSD"), "ECSSD: 1 of 3 maps are missing, such as b.png"),
+        ((*maps, "--data", "ECSSD"), "ECSSD: 1 of 3 maps are missing, such as b.png; there are a.png, c.png"),
         ((*maps, "--data", "data/test"), "--maps: maps has no folder data, only ECSSD, camo_Test"),
         ((*maps,), "--data: name the datasets that the maps belong to"),
         ((*arguments, "--save", "ECSSD/Imgs"), "--save: ECSSD/Imgs holds other files than maps of model.pt"),
-        ((*arguments, "--csv", "notes.csv"), "--csv: notes.csv exists and is no table of evaluate.py"),
+        ((*arguments, "--csv", "notes.csv"), "--csv: notes.csv exists and is no table of this evaluate.py"),
+        (("--ckpt", "model.pt", "twin.pt", "--save", "both"), "--save: takes the maps of one --ckpt"),
+        (
+            ("--ckpt", "twin.pt", *arguments[2:], "--save", "maps"),
+            "--save: maps holds other files than maps of twin.pt",
+        ),
         ((*arguments[:6], "--data", "CAMO/Imgs"), "no masks to score by"),
         (arguments[:6], "model.pt: trained without a validation set; name the data: --data"),
         ((*arguments, "--batch-size", 0), "--batch-size: 0 is not a number above zero"),

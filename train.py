@@ -16,7 +16,6 @@ import argparse
 import math
 import os
 import shlex
-import sys
 import tempfile
 import time
 from datetime import timedelta
@@ -67,7 +66,25 @@ def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# The demo's dataset
+# Pictures: a run's curves, the demo's dataset
+
+
+def draw_curves(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
+    """Draw columns of log.csv against the epoch, one below the other, each from its least to its largest value."""
+    width, height, gap = 480, 160, 24
+    sheet = Image.new("RGB", (width + 2 * gap, gap + len(columns) * (height + gap)), "white")
+    draw = ImageDraw.Draw(sheet)
+    for number, column in enumerate(columns):
+        top, values = gap + number * (height + gap), [row[column] for row in rows if column in row]
+        low, high = min(values), max(values)
+        xs = np.linspace(gap, gap + width, len(values))
+        points = [(x, top + height * (high - v) / (high - low or 1)) for x, v in zip(xs, values, strict=True)]
+        draw.rectangle((gap, top, gap + width, top + height), outline="grey")
+        draw.text((gap, top - 14), f"{column}: {low:.4g} to {high:.4g}, last {values[-1]:.4g}", fill="black")
+        draw.line(points, fill="blue")
+        for x, y in points:
+            draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="blue")
+    tssam.write(path, lambda file: sheet.save(file, "PNG"))
 
 
 def draw_demo(root: Path) -> None:
@@ -118,11 +135,9 @@ def draw_demo(root: Path) -> None:
 # Enough for a few shapes, two CPU cores and a minute or two; what is given on the command line still counts.
 DEMO = {"sam": "tiny", "sam_checkpoint": "random", "size": 256, "epochs": 10, "batch_size": 4, "lr": 2e-3}
 
-PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
-
 # A resumed run takes these from last.pt; with another value it would be another experiment.
 EXPERIMENT = ("task", "sam", "size", "epochs", "batch_size", "lr", "recipe", "precision", "seed", "demo")
-EXPERIMENT += ("csa_blocks", "mrm_blocks")
+EXPERIMENT += ("csa_blocks", "mrm_blocks", "init")
 
 
 def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
@@ -141,6 +156,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     group.add_argument("--sam", choices=tuple(tssam.ENCODERS), default="vit_h", help=text)
     text = "SAM's weights, or `random` for a random encoder (checkpoints/<published name>, downloaded if missing)"
     group.add_argument("--sam-checkpoint", metavar="FILE", help=text)
+    text = "checkpoint to start from, ours or the authors', trained on the same encoder (none: paper)"
+    group.add_argument("--init", metavar="FILE", help=text)
     group.add_argument("--size", type=int, default=1024, help="image side, a multiple of 16 (1024: released code)")
     group.add_argument("--epochs", type=int, help="(80, shadow 100: paper)")
     group.add_argument("--batch-size", type=int, default=8, help="images in a step, over all GPUs (8: paper)")
@@ -153,7 +170,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     group.add_argument("--mrm-blocks", type=int, nargs="+", metavar="N", help=text)
     group.add_argument("--seed", type=int, default=0, help="of initial weights and order of images (0: ours)")
     text = "of the network; losses, FFT and metrics are fp32 (bf16 on a GPU that has it, else fp32: ours)"
-    group.add_argument("--precision", choices=tuple(PRECISIONS), help=text)
+    group.add_argument("--precision", choices=tuple(evaluate.PRECISIONS), help=text)
 
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default runs/<task>-<sam>)")
@@ -231,9 +248,9 @@ def main() -> None:
         # Patient, because the first process may have SAM's weights to download while the others wait.
         dist.init_process_group("nccl" if on_cuda else "gloo", timeout=timedelta(hours=3))
 
-    def say(text: object, file=None) -> None:
+    def say(text: str) -> None:
         if rank == 0:
-            print(text, file=file)
+            print(text)
 
     # Data
     if args.demo and stored is None and rank == 0:
@@ -254,12 +271,12 @@ def main() -> None:
                 raise InputError(f"{s.folder}: no folder of masks, which validation needs")
             say(f"{kind} {s}")
             if rank == 0:
-                evaluate.check_sizes(s.name, s.pairs)
+                evaluate.check_files(s.name, s.pairs)
     if not val_sets:
         say("val:   none, so there will be no best.pt")
     train_pairs, val_pairs = ([pair for s in sets for pair in s.pairs] for sets in (train_sets, val_sets))
     if set(train_pairs) & set(val_pairs):
-        say("warning: validation is on images of the training set", sys.stderr)
+        evaluate.warn("validation is on images of the training set")
     if len(train_pairs) < args.batch_size:
         raise InputError(f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; --batch-size")
     if stored is not None and len(train_pairs) != stored["images"]:
@@ -281,16 +298,22 @@ def main() -> None:
         torch.manual_seed(args.seed)
         model = tssam.build_tssam(args.sam, args.size, args.task == "shadow", weights, args.csa_blocks, args.mrm_blocks)
         encoder = dict(fingerprint=tssam.fingerprint(model), sam_checkpoint=None, random=None)
+        if args.init is not None:
+            source, _ = tssam.load_checkpoint(args.init, weights)
+            if tssam.fingerprint(source) != encoder["fingerprint"]:
+                text = f"was trained on another encoder, {source.config['sam']}; --sam and --sam-checkpoint name it"
+                raise InputError(f"--init: {args.init} {text}")
+            own = {name: t for name, t in model.state_dict().items() if name.startswith("image_encoder.")}
+            tssam.load_strictly(model, source.state_dict() | own, f"--init: {args.init}")
         if random:
             encoder["random"] = {name: t.clone() for name, t in model.image_encoder.state_dict().items()}
     if weights is not None:
         encoder["sam_checkpoint"] = os.path.abspath(weights)
     if encoder["random"] is not None:
-        say("warning: the encoder is random, not SAM's: results say nothing about TS-SAM", sys.stderr)
-    device_type, dtype = torch.device(args.device).type, PRECISIONS[args.precision]
-    autocast = partial(torch.autocast, device_type, dtype, enabled=dtype != torch.float32)
+        evaluate.warn("the encoder is random, not SAM's: results say nothing about TS-SAM")
+    autocast = partial(evaluate.autocast, args.device, args.precision)
     model.grad_checkpoint = args.grad_checkpoint
-    model.store_encoder(dtype)
+    model.store_encoder(evaluate.PRECISIONS[args.precision])
     model.to(args.device)
     trained = [p for p in model.parameters() if p.requires_grad]
     say(f"model: {args.sam} at {args.size} x {args.size}, {sum(p.numel() for p in trained):,} trained parameters")
@@ -301,7 +324,8 @@ def main() -> None:
     loss_of = balanced_bce if args.task == "shadow" else bce_iou
     adam = partial(torch.optim.AdamW, weight_decay=0.01) if args.recipe == "released" else torch.optim.Adam
     optimizer = adam(trained, args.lr)
-    scaler = torch.amp.GradScaler(device_type, enabled=args.precision == "fp16")
+    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    selected_by = "BER" if args.task == "shadow" else "S"
     rows, best_score, validated = [], -math.inf, True  # log.csv's rows; whether the last one's epoch was validated
     if stored is not None:
         optimizer.load_state_dict(stored["optimizer"])
@@ -393,7 +417,7 @@ def main() -> None:
                 sums = reduce(evaluate.add, shares, {})
             metrics = evaluate.average(sums, args.task, "paper")
             row |= metrics
-            score = -metrics["BER"] if args.task == "shadow" else metrics["S"]  # higher is better
+            score = metrics[selected_by] * (-1 if selected_by == "BER" else 1)  # higher is better
             if score > best_score:
                 best_score, best_yet = score, "  best"
                 if rank == 0:
@@ -401,6 +425,7 @@ def main() -> None:
             save_last(validated=True)
         if rank == 0:
             evaluate.write_csv(rows, tuple(row), args.out / "log.csv")
+            draw_curves(rows, ("loss", selected_by) if val_sets else ("loss",), args.out / "curves.png")
             if val_sets:
                 with tempfile.TemporaryDirectory() as maps, autocast():
                     list(evaluate.evaluate(model, val_pairs[:6], args.task, "paper", part_size, 0, Path(maps)))

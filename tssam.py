@@ -455,8 +455,10 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
     The position embedding is resampled bicubically with antialiasing (ours), the relative positions of the global
     blocks linearly, as SAM's `get_rel_pos` does at run time.
     """
-    prefix = "image_encoder."
-    state = {name.removeprefix(prefix): t for name, t in load_file(path).items() if name.startswith(prefix)}
+    content, sam, prefix = load_file(path), model.config["sam"], "image_encoder."
+    if (holds := encoder_name(content, path)) != sam:
+        raise InputError(f"{path}: holds {holds}, not {sam}: --sam {holds}, or another --sam-checkpoint")
+    state = {name.removeprefix(prefix): t for name, t in content.items() if name.startswith(prefix)}
     for name, ours in model.image_encoder.named_parameters():
         theirs = state.get(name, ours)
         if name == "pos_embed" and theirs.shape != ours.shape:
@@ -464,7 +466,15 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
             state[name] = grid.movedim(1, -1)
         elif "rel_pos" in name and len(theirs) != len(ours):
             state[name] = F.interpolate(theirs.T[None].float(), len(ours), mode="linear")[0].T
-    load_strictly(model.image_encoder, state, f"{path}, as SAM's {model.config['sam']} encoder")
+    load_strictly(model.image_encoder, state, f"{path}, as SAM's {sam} encoder")
+
+
+def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
+    """Which of `ENCODERS` is in a file's state dict."""
+    if "image_encoder.pos_embed" not in state:
+        raise InputError(f"{path}: holds no encoder of SAM's; its tensors are {', '.join([*state][:3])}, ...")
+    width = state["image_encoder.pos_embed"].shape[-1]
+    return {spec["width"]: sam for sam, spec in ENCODERS.items()}.get(width, f"an encoder {width} wide")
 
 
 # Our names -> the names of the authors' checkpoints, which are one flat state dict, SAM's encoder and all.
@@ -536,8 +546,8 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
 
     Args:
         path: the checkpoint.
-        sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`. The
-            authors' checkpoints hold SAM's weights themselves.
+        sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`. Not
+            read for an authors' checkpoint, which holds SAM's weights itself.
 
     Returns:
         The model, on the CPU and in training mode, and a dict of what else `save_checkpoint` was given: `task`,
@@ -545,17 +555,15 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
         file does not tell these two apart, `sod or cod`.
     """
     content = load_file(path)
-    if {"image_encoder.csa_embedding.weight", "image_encoder.pos_embed"} <= content.keys():  # the authors'
-        if sam_checkpoint is not None:
-            raise InputError(f"{path}: the authors' checkpoint holds SAM's weights itself; leave out --sam-checkpoint")
-        _, g, _, width = content["image_encoder.pos_embed"].shape
-        sam = {spec["width"]: sam for sam, spec in ENCODERS.items()}.get(width, f"{width} wide")
+    if "image_encoder.csa_embedding.weight" in content:  # the authors'
         high_freq = "image_encoder.fft_embedding.proj.weight" in content
-        model = TSSAM(sam, g * PATCH, high_freq)
+        grid = content["image_encoder.pos_embed"].shape[1]
+        model = TSSAM(encoder_name(content, path), grid * PATCH, high_freq)
         load_strictly(model, content, str(path), released_name)
         return model, {"task": "shadow" if high_freq else "sod or cod"}
     if not {"config", "trained", "task", "encoder"} <= content.keys():
-        raise InputError(f"{path}: neither a checkpoint written by train.py nor one of the authors' code")
+        holds = f"it holds {', '.join([*content][:3])}, ..."
+        raise InputError(f"{path}: neither a checkpoint written by train.py nor one of the authors' code; {holds}")
     model, encoder = TSSAM(**content.pop("config")), content["encoder"]
     source = sam_checkpoint or encoder["sam_checkpoint"]
     if encoder["random"] is not None and sam_checkpoint is None:
@@ -573,7 +581,10 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
 
 
 def load_file(path: str | os.PathLike) -> dict:
-    """The dict in a file of `torch.save`, tensors on the CPU; nothing but tensors and plain values is unpickled."""
+    """The dict in a file of `torch.save`, tensors on the CPU; nothing but tensors and plain values is unpickled.
+
+    What other code puts around weights is taken off: an entry `model` or `state_dict`, names that begin with `module.`.
+    """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
     try:
@@ -581,9 +592,11 @@ def load_file(path: str | os.PathLike) -> dict:
     except Exception as error:  # broken and foreign files raise anything
         kind = type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {kind}") from error
+    for wrapper in ("model", "state_dict"):
+        content = content.get(wrapper, content) if isinstance(content, dict) else content
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
-    return content
+    return {name.removeprefix("module."): value for name, value in content.items()}
 
 
 def load_strictly(module: nn.Module, state: Mapping, where: str, rename: Callable[[str], str] = str) -> None:
