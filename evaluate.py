@@ -19,6 +19,7 @@ Every number is made under one of two protocols; `py_sod_metrics` computes both:
 
 import argparse
 import csv
+import io
 import multiprocessing.forkserver
 import multiprocessing.resource_tracker
 import os
@@ -65,6 +66,9 @@ SPLIT_FOLDERS = {
 }
 
 
+Pairs = list[tuple[Path, Path | None]]  # (image file, mask file or None)
+
+
 class ImageSet(NamedTuple):
     """A dataset: its name in tables, its folder, its split ("train", "test", or None where it has none), and its
     (image, mask) files, sorted; a mask is None where the dataset has no masks."""
@@ -72,7 +76,7 @@ class ImageSet(NamedTuple):
     name: str
     folder: Path
     split: str | None
-    pairs: list[tuple[Path, Path | None]]
+    pairs: Pairs
 
     def __str__(self) -> str:
         image, mask = self.pairs[0]
@@ -143,7 +147,7 @@ def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
     return sets
 
 
-def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) -> list[tuple[Path, Path | None]]:
+def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) -> Pairs:
     """A dataset's (image, mask) files, paired by stem, from one folder of images and one or none of masks."""
     files = []
     for found in (image_folders, mask_folders):
@@ -237,7 +241,7 @@ def read_pairs(batch: list[tuple[Path, Path, bool]], size: int) -> tuple[Tensor,
     return torch.where(mirror, images.flip(-1), images), torch.where(mirror, masks.flip(-1), masks)
 
 
-def read_images(batch: list[tuple[Path, Path | None]], size: int) -> tuple[Tensor, list[tuple]]:
+def read_images(batch: Pairs, size: int) -> tuple[Tensor, list[tuple]]:
     """A batch to predict from: (image file, mask file or None) of each pair -> images (B, 3, S, S) as in `to_input`,
     and for each the image's own (height, width) and the two files."""
     images = [read_image(file, has_mask=mask is not None) for file, mask in batch]
@@ -245,7 +249,7 @@ def read_images(batch: list[tuple[Path, Path | None]], size: int) -> tuple[Tenso
     return torch.stack([to_input(image, size) for image in images]), infos
 
 
-def check_files(name: str, pairs: list[tuple[Path, Path | None]]) -> int:
+def check_files(name: str, pairs: Pairs) -> int:
     """Open every file's header and read every mask; warn of images (or maps) that are not of their mask's size, and of
     masks that say nothing; the number of empty masks."""
     unequal, empty, full = [], [], []
@@ -275,6 +279,8 @@ def check_files(name: str, pairs: list[tuple[Path, Path | None]]) -> int:
 # ---------------------------------------------------------------------------------------------------------------------
 # Score one
 
+balanced_error = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False)  # of tp, fp, tn, fn
+
 
 def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) -> dict[str, float | np.ndarray]:
     """One image's metrics, by `py_sod_metrics`, as values that add up over a dataset (see `average`).
@@ -301,7 +307,7 @@ def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) ->
     if task == "shadow":
         positive = np.count_nonzero(mask)
         counts = py_sod_metrics.FmeasureV2.get_statistics(grey > 125, mask, positive, mask.size - positive)
-        row |= {"BER": ber(counts), "tp_fp_tn_fn": np.array([counts[n] for n in ("tp", "fp", "tn", "fn")])}
+        row |= {"BER": 100 * balanced_error(**counts)} | counts
     else:
         row["E"] = result_of(py_sod_metrics.Emeasure())["em"]["curve"]  # at 256 thresholds
         row["wF"] = result_of(py_sod_metrics.WeightedFmeasure(beta=0.3 if protocol == "paper" else 1))["wfm"]  # beta^2
@@ -311,11 +317,6 @@ def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) ->
             f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
             row |= {"F": f_measure["dynamic"], "adpF": f_measure["adaptive"]}
     return {name: np.nan_to_num(value) for name, value in row.items()}
-
-
-def ber(counts: dict[str, int]) -> float:
-    """Balanced error rate in percent from the numbers of true and false positives, true and false negatives."""
-    return 100 * float(py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False)(**counts))
 
 
 def add(sums: dict, row: dict) -> dict:
@@ -330,7 +331,7 @@ def average(sums: dict, task: str, protocol: str) -> dict[str, float]:
     if task == "shadow":
         metrics = {"BER": mean["BER"]}
         if protocol == "full-size":
-            metrics["BER_pooled"] = ber(dict(zip(("tp", "fp", "tn", "fn"), sums["tp_fp_tn_fn"], strict=True)))
+            metrics["BER_pooled"] = 100 * balanced_error(**{name: sums[name] for name in ("tp", "fp", "tn", "fn")})
     else:
         metrics = {"S": mean["S"], "E": mean["E"].mean(), "wF": mean["wF"], "MAE": mean["MAE"]}
         if protocol == "full-size":
@@ -388,7 +389,7 @@ def finish_map(job: tuple[Path, Path], task: str, scale: int = 1) -> dict:
 
 
 @torch.inference_mode()
-def predict(model: TSSAM, pairs: list[tuple[Path, Path | None]], batch_size: int, workers: int) -> Iterator[tuple]:
+def predict(model: TSSAM, pairs: Pairs, batch_size: int, workers: int) -> Iterator[tuple]:
     """The jobs of `finish`, in the order of the pairs."""
     device, read = next(model.parameters()).device, partial(read_images, size=model.config["image_size"])
     batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=start_worker)
@@ -424,13 +425,7 @@ def in_workers(work: Callable, jobs: Iterable, workers: int) -> Iterator:
 
 
 def evaluate(
-    model: TSSAM,
-    pairs: list[tuple[Path, Path | None]],
-    task: str,
-    protocol: str,
-    batch_size: int,
-    workers: int,
-    save: Path | None = None,
+    model: TSSAM, pairs: Pairs, task: str, protocol: str, batch_size: int, workers: int, save: Path | None = None
 ) -> Iterator[dict]:
     """What `score` gives for each image, {} without a mask; the model runs in eval mode on its own device.
 
@@ -459,10 +454,10 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
     return tqdm(items, what, total, unit=unit, leave=False, disable=disable)
 
 
-def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path, height: int = 160) -> None:
+def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path) -> None:
     """Draw a row `image | ground truth | prediction` for each (title, image, mask, map file) into one PNG; maps are
     shown as they were saved, not stretched as for the metrics."""
-    gap, text = 6, 16
+    height, gap, text = 160, 6, 16
     panels = []
     for _, image_file, mask_file, map_file in rows:
         image = read_image(image_file, has_mask=True)
@@ -520,20 +515,20 @@ def print_rows(name: str, images: int, metrics: dict[str, float], header: bool, 
 
 
 def read_csv(path: Path) -> list[dict]:
-    """The rows of a table of `write_csv`; none where there is no file."""
-    return [*csv.DictReader(path.read_text("utf-8", "surrogateescape").splitlines())] if path.exists() else []
+    """The rows of a table that this script wrote; none where there is no file."""
+    lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else [",".join(CSV_COLUMNS)]
+    if lines[:1] != [",".join(CSV_COLUMNS)]:
+        raise InputError(f"--csv: {path} exists and is no table of this evaluate.py; name another file")
+    return [*csv.DictReader(lines)]
 
 
 def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
     """Write a table of `rows`, numbers in full precision, empty where a row has not all `columns`."""
-
-    def save(temporary: Path) -> None:
-        with temporary.open("w", newline="", encoding="utf-8", errors="surrogateescape") as file:
-            table = csv.DictWriter(file, columns, restval="")
-            table.writeheader()
-            table.writerows(rows)
-
-    write(path, save)
+    text = io.StringIO()
+    table = csv.DictWriter(text, columns)
+    table.writeheader()
+    table.writerows(rows)
+    write(path, lambda file: file.write_bytes(text.getvalue().encode("utf-8", "surrogateescape")))
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -563,9 +558,9 @@ def add_machine_arguments(parser: Parser) -> argparse._ArgumentGroup:
 def check_arguments(args: argparse.Namespace, above_zero: tuple[str, ...]) -> None:
     """Check the numbers and the device. Each of torchrun's processes takes its own GPU and its share of the workers."""
     for name in (*above_zero, "workers"):
-        value, flag = getattr(args, name), f"--{name.replace('_', '-')}"
+        value = getattr(args, name)
         if not 0 <= value < float("inf") or value == 0 and name in above_zero:
-            raise InputError(f"{flag}: {value} is not a number above zero")
+            raise InputError(f"--{name.replace('_', '-')}: {value} is not a number above zero")
     if "LOCAL_RANK" in os.environ:
         args.workers //= int(os.environ["LOCAL_WORLD_SIZE"])
         if args.device == "cuda":
@@ -602,14 +597,14 @@ def start_worker(*_) -> None:
 
 def kill_workers() -> None:
     for process in multiprocessing.active_children():
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
+        if os.name == "posix":
+            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
         process.kill()
 
 
 def on_stop(message: Callable[[], str]) -> None:
     """Have Ctrl-C and SIGTERM end this process at once: workers killed, one line, exit code 130. Sound because every
     file is written whole or not at all."""
-
     main_process = os.getpid()
 
     def stop(*_) -> None:
@@ -693,8 +688,8 @@ def parse_arguments() -> argparse.Namespace:
     elif args.task is not None:
         raise InputError("--task: goes with --maps; a checkpoint knows its own")
     args.protocol = args.protocol or ("paper" if args.maps is None else "full-size")
-    if args.csv is not None and args.csv.exists() and not args.csv.read_text().startswith(",".join(CSV_COLUMNS)):
-        raise InputError(f"--csv: {args.csv} exists and is no table of this evaluate.py; name another file")
+    if args.csv is not None:
+        read_csv(args.csv)  # which refuses another file
     return args
 
 
@@ -778,14 +773,12 @@ def main() -> None:
                 write_csv([*read_csv(args.csv), row | metrics], CSV_COLUMNS, args.csv)
             if folder is not None:
                 ranking.sort()
-                chosen = {"worst": ranking[0], "median": ranking[len(ranking) // 2], "best": ranking[-1]}
-                save_overview(
-                    [
-                        (f"{which}: {image.stem}, S {s_measure:.4f}", image, mask, folder / f"{image.stem}.png")
-                        for which, (s_measure, image, mask) in chosen.items()
-                    ],
-                    args.save / f"overview-{s.name}.png",
-                )
+                shown = []
+                for which, place in (("worst", 0), ("median", len(ranking) // 2), ("best", -1)):
+                    s_measure, image, mask = ranking[place]
+                    title = f"{which}: {image.stem}, S {s_measure:.4f}"
+                    shown.append((title, image, mask, folder / f"{image.stem}.png"))
+                save_overview(shown, args.save / f"overview-{s.name}.png")
                 print(f"{s.name}: maps in {folder}, {cost}")
 
 

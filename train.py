@@ -35,14 +35,12 @@ import tssam
 from tssam import InputError
 
 # ---------------------------------------------------------------------------------------------------------------------
-# Losses (source: paper; their form from the release), in float32 whatever the logits are
+# Losses (source: paper; their form from the release): logits and masks (B, 1, S, S), masks of 0 and 1 -> scalar, in
+# float32 whatever the logits are
 
 
 def bce_iou(logits: Tensor, masks: Tensor) -> Tensor:
-    """Camouflaged and salient objects: BCE + (1 - IoU), the IoU of each image's sigmoid map, averaged.
-
-    logits, masks (B, 1, S, S), masks of 0 and 1 -> scalar, float32.
-    """
+    """Camouflaged and salient objects: BCE + (1 - IoU), the IoU of each image's sigmoid map, averaged."""
     logits, masks = logits.float(), masks.float()
     probability = logits.sigmoid()
     intersection = (probability * masks).sum(dim=(1, 2, 3))
@@ -56,8 +54,6 @@ def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
     with --accumulate: in the part of it that passes the network at once, as in the release).
 
     Written as positive pixels weighing N/(P+N) and negative ones P/(P+N), which is the same and allows P = 0.
-
-    logits, masks (B, 1, S, S), masks of 0 and 1 -> scalar, float32.
     """
     logits, masks = logits.float(), masks.float()
     positive = masks.mean()
@@ -207,36 +203,19 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     if args.epochs is None:
         args.epochs = 100 if args.task == "shadow" else 80
     evaluate.check_arguments(args, ("size", "epochs", "batch_size", "lr", "accumulate"))
-    if args.precision is None:
-        has_bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
-        args.precision = "bf16" if has_bf16 else "fp32"
+    has_bf16 = args.device.startswith("cuda") and torch.cuda.is_bf16_supported(including_emulation=False)
+    args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
     return args, stored
-
-
-def parts_of(
-    pairs: list[tuple[Path, Path]], args: argparse.Namespace, epoch: int, part_size: int, rank: int, world: int
-) -> list[list[tuple[Path, Path, bool]]]:
-    """What process `rank` passes through the network in an epoch: lists of (image, mask, whether to mirror them).
-
-    The order follows from seed and epoch alone. An incomplete last batch is dropped; each batch is cut into world x
-    accumulate parts, of which every process takes its own.
-    """
-    rng = np.random.default_rng((args.seed, epoch))
-    order = rng.permutation(len(pairs))
-    mirrored = rng.random(len(pairs)) < (0.5 if args.recipe == "released" else 0)
-    order = order[: len(pairs) // args.batch_size * args.batch_size].reshape(-1, world, part_size)
-    return [[(*pairs[i], bool(mirrored[i])) for i in part] for part in order[:, rank]]
 
 
 def main() -> None:
     args, stored = parse_arguments()
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))  # torchrun's
     on_cuda, last, best = args.device.startswith("cuda"), args.out / "last.pt", args.out / "best.pt"
-    part_size = args.batch_size // (world * args.accumulate)  # images that pass the network at once
-    if args.batch_size % (world * args.accumulate):
-        raise InputError(
-            f"--batch-size: {args.batch_size} is no multiple of {world} processes x --accumulate {args.accumulate}"
-        )
+    part_size, left_over = divmod(args.batch_size, world * args.accumulate)  # images that pass the network at once
+    if left_over:
+        text = f"is no multiple of {world} processes x --accumulate {args.accumulate}"
+        raise InputError(f"--batch-size: {args.batch_size} {text}")
     if stored is None and args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out: {args.out} is not empty; continue its run with --resume, or name another folder")
     if stored is not None and part_size != stored["part_size"]:
@@ -297,7 +276,8 @@ def main() -> None:
             weights = tssam.sam_weights(args.sam)
         torch.manual_seed(args.seed)
         model = tssam.build_tssam(args.sam, args.size, args.task == "shadow", weights, args.csa_blocks, args.mrm_blocks)
-        encoder = dict(fingerprint=tssam.fingerprint(model), sam_checkpoint=None, random=None)
+        random_state = model.image_encoder.state_dict() if random else None  # frozen: no step changes these tensors
+        encoder = dict(fingerprint=tssam.fingerprint(model), sam_checkpoint=None, random=random_state)
         if args.init is not None:
             source, _ = tssam.load_checkpoint(args.init, weights)
             if tssam.fingerprint(source) != encoder["fingerprint"]:
@@ -305,8 +285,6 @@ def main() -> None:
                 raise InputError(f"--init: {args.init} {text}")
             own = {name: t for name, t in model.state_dict().items() if name.startswith("image_encoder.")}
             tssam.load_strictly(model, source.state_dict() | own, f"--init: {args.init}")
-        if random:
-            encoder["random"] = {name: t.clone() for name, t in model.image_encoder.state_dict().items()}
     if weights is not None:
         encoder["sam_checkpoint"] = os.path.abspath(weights)
     if encoder["random"] is not None:
@@ -356,9 +334,14 @@ def main() -> None:
     for epoch in range(done + validated, args.epochs + 1):
         start = time.monotonic()
         if epoch > done:  # else the run was stopped in this epoch's validation
-            parts = parts_of(train_pairs, args, epoch, part_size, rank, world)
+            # The order follows from seed and epoch alone. An incomplete last batch is dropped; each batch is cut into
+            # world x accumulate parts, of which every process takes its own.
+            rng = np.random.default_rng((args.seed, epoch))
+            order = rng.permutation(len(train_pairs))
+            mirrored = rng.random(len(train_pairs)) < (0.5 if args.recipe == "released" else 0)
+            parts = order[: len(order) // args.batch_size * args.batch_size].reshape(-1, world, part_size)[:, rank]
             loader = DataLoader(
-                [pair for part in parts for pair in part],
+                [(*train_pairs[i], bool(mirrored[i])) for i in parts.flat],
                 part_size,
                 collate_fn=partial(evaluate.read_pairs, size=args.size),
                 num_workers=args.workers,
@@ -366,8 +349,7 @@ def main() -> None:
                 pin_memory=on_cuda,
             )
             lr = 1e-7 + (args.lr - 1e-7) * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
-            for group in optimizer.param_groups:
-                group["lr"] = lr
+            optimizer.param_groups[0]["lr"] = lr
             model.train()
             losses, step_loss = [], 0.0
             bar = evaluate.progress(loader, f"epoch {epoch}/{args.epochs}", len(parts), "part")
@@ -406,11 +388,9 @@ def main() -> None:
 
         row, best_yet = rows[-1], ""
         if val_sets:
-            sums: dict = {}
             results = evaluate.evaluate(model, val_pairs[rank::world], args.task, "paper", part_size, args.workers)
             with autocast():
-                for result in results:
-                    sums = evaluate.add(sums, result)
+                sums = reduce(evaluate.add, results, {})
             if world > 1:
                 shares: list = [None] * world
                 dist.all_gather_object(shares, sums)

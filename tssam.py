@@ -474,7 +474,10 @@ def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
     if "image_encoder.pos_embed" not in state:
         raise InputError(f"{path}: holds no encoder of SAM's; its tensors are {', '.join([*state][:3])}, ...")
     width = state["image_encoder.pos_embed"].shape[-1]
-    return {spec["width"]: sam for sam, spec in ENCODERS.items()}.get(width, f"an encoder {width} wide")
+    for sam, spec in ENCODERS.items():
+        if spec["width"] == width:
+            return sam
+    raise InputError(f"{path}: holds an encoder {width} wide, which is none of {', '.join(ENCODERS)}")
 
 
 # Our names -> the names of the authors' checkpoints, which are one flat state dict, SAM's encoder and all.
