@@ -65,7 +65,6 @@ SPLIT_FOLDERS = {
     "test": "te test testing testdataset testingdataset",
 }
 
-
 Pairs = list[tuple[Path, Path | None]]  # (image file, mask file or None)
 
 
@@ -84,8 +83,9 @@ class ImageSet(NamedTuple):
         return f"{self.name}: {folders}, {self.split or 'no'} split, {len(self.pairs)} images"
 
 
-@cache  # once
+@cache
 def warn(text: str) -> None:
+    """Print a warning, once."""
     if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
         print(f"warning: {text}", file=sys.stderr)
 
@@ -156,7 +156,7 @@ def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) 
         files.append(image_files(folder / found[0]) if found else {})
         if found and not files[-1]:
             there = ", ".join(sorted(f.name for f in (folder / found[0]).iterdir())[:5]) or "nothing"
-            hint = "; of CAMO, take the COD pack's" if there == "Test, Train" else ""
+            hint = "; CAMO is read as SINet's COD packs have it" if there == "Test, Train" else ""
             raise InputError(f"{folder / found[0]}: no image files in it, but {there}{hint}")
     images, masks = files
     alone = sorted(images.keys() ^ masks.keys())
@@ -267,7 +267,7 @@ def check_files(name: str, pairs: Pairs) -> int:
                 unequal.append(f"{image_file.name} ({a[0]} x {a[1]}, mask {b[0]} x {b[1]})")
     for masks, what in ((empty, "are empty"), (full, "have no background")):
         if len(masks) == len(pairs):
-            raise InputError(f"{name}: all {len(pairs)} masks {what}, such as {masks[0]}; look how they were made")
+            raise InputError(f"{name}: all {len(pairs)} masks {what}, such as {masks[0]}; check how they were exported")
     if empty or full:
         warn(f"{name}: {len(empty)} of {len(pairs)} masks are empty, {len(full)} have no background")
     if unequal:
@@ -309,7 +309,8 @@ def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) ->
         counts = py_sod_metrics.FmeasureV2.get_statistics(grey > 125, mask, positive, mask.size - positive)
         row |= {"BER": 100 * balanced_error(**counts)} | counts
     else:
-        row["E"] = result_of(py_sod_metrics.Emeasure())["em"]["curve"]  # at 256 thresholds
+        e_curve = result_of(py_sod_metrics.Emeasure())["em"]["curve"]  # at 256 thresholds
+        row["E"] = e_curve * (mask.size > 1)  # PySODMetrics divides by the number of pixels less one
         row["wF"] = result_of(py_sod_metrics.WeightedFmeasure(beta=0.3 if protocol == "paper" else 1))["wfm"]  # beta^2
         row["MAE"] = result_of(py_sod_metrics.MAE())["mae"]
         if protocol == "full-size":

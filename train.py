@@ -76,7 +76,8 @@ def draw_curves(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
         xs = np.linspace(gap, gap + width, len(values))
         points = [(x, top + height * (high - v) / (high - low or 1)) for x, v in zip(xs, values, strict=True)]
         draw.rectangle((gap, top, gap + width, top + height), outline="grey")
-        draw.text((gap, top - 14), f"{column}: {low:.4g} to {high:.4g}, last {values[-1]:.4g}", fill="black")
+        title = f"{column}: {low:.4g} to {high:.4g}, last {values[-1]:.4g}; {len(values)} epochs"
+        draw.text((gap, top - 14), title, fill="black")
         draw.line(points, fill="blue")
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="blue")
