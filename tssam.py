@@ -18,8 +18,8 @@ Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2
 
 Notation: C is the encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD (256 and 128 in the
 released code). S is the image's side in pixels (the paper's H and W), g = S/16 its side in patches. Feature maps are
-(B, channels, height, width); only inside the encoder they are (B, g, g, C). "Source" in a docstring says where a
-decision comes from: the paper, the authors' released code where the paper is silent or differs, or ours.
+(B, channels, height, width); the encoder's patches and blocks have (B, g, g, C). "Source" says where a decision comes
+from: the paper, the release (the authors' code) where the paper is silent or differs, or ours.
 
 After the network comes what makes it fit into memory, then the files: SAM's published weights, the authors' released
 checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints what each part is and costs.
@@ -51,7 +51,7 @@ recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 def conv1x1(c_in: int, c_out: int) -> nn.Sequential:
     """The paper's conv_1x1: 1x1 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
 
-    Initialised from N(0, 2 / fan_out), with zero bias (source: release).
+    ReLU is the paper's "activation"; weights from N(0, 2 / fan_out), zero bias (source: release).
     """
     conv = nn.Conv2d(c_in, c_out, 1)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -92,7 +92,7 @@ def deconv2x(channels: int) -> nn.Sequential:
 
 
 class Gate(nn.Module):
-    """Gating unit, Eq. 4, pixel by pixel: (B, C2, h, w) -> the same shape.
+    """Gating unit, Eq. 4: tanh(W2 relu(W1 F)) * F at every pixel. (B, C2, h, w) -> the same shape.
 
     W1 and W2 are linear maps over the channels without bias, initialised from a truncated normal with standard
     deviation 0.02 (source: release).
@@ -130,10 +130,10 @@ class MRM(nn.Module):
         self.gate2 = Gate(mrm_width)
 
     def forward(self, f_vit: Tensor, f_mrm1: Tensor | float, f_mrm2: Tensor | float) -> tuple[Tensor, Tensor]:
-        """f_vit (B, C, g, g) and the previous MRM's output, or 0 and 0 -> (B, C2, 4g, 4g), (B, C2, 2g, 2g)."""
+        """f_vit (B, C, g, g), f_mrm1 (B, C2, 4g, 4g), f_mrm2 (B, C2, 2g, 2g), 0 in the first MRM -> the next two."""
         compressed = self.conv(f_vit)
         f1, f2 = self.deconv1(compressed), self.deconv2(compressed)  # Eq. 3
-        # The gates' maps at S/4 in 13 MRM are cheap to recompute and expensive to store (source: ours).
+        # Backward computes the gates again: cheap to recompute, expensive to store at S/4 in 13 MRM (source: ours).
         g1, g2 = recompute(self.gate1, f1), recompute(self.gate2, f2)  # Eq. 4
         return g1 + f_mrm1, g2 + f_mrm2  # Eq. 5
 
@@ -145,7 +145,7 @@ class MRM(nn.Module):
 def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
     """The paper's conv_3x3: 3x3 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
 
-    No bias, PyTorch's default initialisation (source: release).
+    Batch norm, ReLU, no bias, PyTorch's default initialisation (source: release; the paper names the convolution only).
     """
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
@@ -155,7 +155,7 @@ class Injection(nn.Module):
     """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10 (source: paper).
 
     Eq. 6 has a 3x3 convolution, as in the release, where the paper writes 1x1: only 3x3 gives the paper's 29.44 M
-    trained parameters. Pooling windows are 2x2, although the paper calls the pooling global.
+    trained parameters. GAP and GMP pool over 2x2 windows, as the paper says too, despite their names ("global").
     """
 
     def __init__(self, mrm_width: int) -> None:
@@ -169,12 +169,12 @@ class Injection(nn.Module):
         f_in = self.conv_mrm(f_mrm)  # Eq. 6
         f_key = F.avg_pool2d(f_in, 2) + F.max_pool2d(f_in, 2)  # Eq. 7: the key features, (B, C2, h, w)
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
-        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)  # Eq. 9
-        return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10: the whole features
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)  # Eq. 9 (how: release)
+        return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself, not f_in
 
 
 class FFD(nn.Module):
-    """Feature Fusion Decoder: injects F_mrm^2 (S/8), then F_mrm^1 (S/4) into F_csa (source: paper, Fig. 3).
+    """Feature Fusion Decoder, Fig. 3 (source: paper): injects F_mrm's S/8 map (k = 2), then the S/4 map (k = 1).
 
     The first convolution is 3x3 (see `Injection`); the 1x1 convolution to one channel is the release's.
     """
@@ -188,18 +188,18 @@ class FFD(nn.Module):
 
     def forward(self, f_csa: Tensor, f_mrm1: Tensor, f_mrm2: Tensor) -> Tensor:
         """f_csa (B, C1, g, g), f_mrm1 (B, C2, 4g, 4g), f_mrm2 (B, C2, 2g, 2g) -> logits (B, 1, 4g, 4g)."""
-        x = self.conv_csa(f_csa)
+        x = self.conv_csa(f_csa)  # F_in,csa
         x = self.inject2(x, f_mrm2)
         x = self.inject1(x, f_mrm1)
         return self.head(x)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
-# II-A. The two streams
+# II-A. The two streams, which join the parts above
 
 PATCH = 16  # pixels on a side of the encoder's patches
 
-# SAM's three encoders, and `tiny`: the same class, small enough to train on two CPU cores in a minute or two.
+# SAM's encoders with the widths of the streams beside them; `tiny` is small enough to train on a CPU in minutes.
 _SAM = dict(window=14, neck=256, csa_width=256, mrm_width=128)
 ENCODERS = {
     "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), **_SAM),
@@ -214,7 +214,7 @@ class InputError(ValueError):
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Absolute value of the images' high frequencies, for shadow detection (source: release, after SAM-Adapter).
+    """Absolute value of the images' high frequencies, for shadows, III-A (details: release, after SAM-Adapter).
 
     The middle square of the centred spectrum, S/2 wide, is set to zero. (B, 3, S, S) -> the same shape and dtype.
     """
@@ -231,10 +231,10 @@ class TSSAM(nn.Module):
 
     An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the neck) and one MRM
     for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13 in TS-SAM_H (the counts are the
-    paper's, the places the release's).
+    paper's; the places, and that the first and last CSA write nothing back, are the release's).
 
     The encoder is `segment_anything`'s, and its parameters never get a gradient. But the merged map of Eq. 1 is what
-    the next block receives, so gradients flow through the frozen blocks: in training it cannot run under `no_grad`.
+    the next block receives, so gradients flow through the frozen blocks: in training these cannot run under `no_grad`.
 
     Args:
         sam: a name in `ENCODERS`.
@@ -284,7 +284,7 @@ class TSSAM(nn.Module):
             window_size=spec["window"],
             global_attn_indexes=spec["global_blocks"],
         ).requires_grad_(False)
-        for block in self.image_encoder.blocks:  # the same numbers in less memory, see below
+        for block in self.image_encoder.blocks:  # the same numbers in less memory
             block.__class__, block.attn.__class__ = EncoderBlock, FusedAttention
             block.attn.windowed = block.window_size > 0
 
@@ -307,19 +307,19 @@ class TSSAM(nn.Module):
         f_csa, f_mrm = None, (0.0, 0.0)  # the two streams; each tap moves them on
 
         def tap_patches(module: nn.Module, args: tuple, patches: Tensor) -> None:
-            """Patch embedding: F_csa^0, the side stream's first input; then CSA 0 merges patches + positions."""
+            """patches (B, g, g, C): F_csa^0, the side stream's first input; then CSA 0 merges patches + positions."""
             nonlocal f_csa
-            # The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels, so F_csa^0 is a
-            # fixed permutation, not a spatial map. It looks like a slip, but its checkpoints were trained with it.
+            # The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels, so what is
+            # embedded is a fixed permutation, not a spatial map. A slip, it seems, but its checkpoints need it.
             batch, g, _, width = patches.shape
             shuffled = patches.reshape(batch, width, g, g).movedim(1, -1)
             f_csa = self.csa_embedding(shuffled).movedim(-1, 1).contiguous()
             if self.high_freq_embedding is not None:
                 f_csa = f_csa + self.high_freq_embedding(high_pass(images))
-            f_csa, _ = self.csa[0](f_csa, (patches + encoder.pos_embed).movedim(-1, 1))  # nothing is written back
+            f_csa, _ = self.csa[0](f_csa, (patches + encoder.pos_embed).movedim(-1, 1))  # not written back
 
         def tap_block(i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            """Output of block i: the MRM takes it as it is; then the CSA merges it, and the merged map replaces it."""
+            """output (B, g, g, C) of block i: the MRM takes it as it is; the CSA merges it and that map replaces it."""
             nonlocal f_csa, f_mrm
             f_vit = output.movedim(-1, 1)
             if i in mrm_of:
@@ -329,7 +329,7 @@ class TSSAM(nn.Module):
                 return merged.movedim(1, -1)  # what a forward hook returns replaces the module's output
 
         def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
-            """Output of the neck: the last MRM and the last CSA."""
+            """f_vit (B, 256, g, g; in `tiny` 32), the neck's output: the last MRM and the last CSA."""
             nonlocal f_csa, f_mrm
             f_mrm = self.mrm[-1](f_vit, *f_mrm)
             f_csa, _ = self.csa[-1](f_csa, f_vit)
@@ -343,13 +343,14 @@ class TSSAM(nn.Module):
             taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
             encoder(images)
 
-        logits = self.ffd(f_csa, *f_mrm).float()  # at S/4; upsampled in float32, unlike Eq. 9 without aligned corners
+        logits = self.ffd(f_csa, *f_mrm).float()
+        # From S/4 to S (source: release): in float32, and unlike Eq. 9's this upsampling does not align corners.
         return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
     def store_encoder(self, dtype: torch.dtype) -> None:
         """Store the encoder's matrices and convolutions in the `dtype` of the autocast that the model will run in.
 
-        Autocast would cast them in every step, and autograd keep the copies until backward. The numbers are the same.
+        Autocast would cast them in every step, and autograd would keep the copies until backward. No number changes.
         """
         for module in self.image_encoder.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
@@ -361,7 +362,7 @@ class TSSAM(nn.Module):
 
 
 class EncoderBlock(Block):
-    """SAM's block, which can be recomputed in backward. Hooks around it, and so the batch norms in them, run once."""
+    """SAM's block, which can be recomputed in backward. The taps are outside, so their batch norms see a batch once."""
 
     grad_checkpoint = False
 
@@ -382,7 +383,7 @@ class FusedAttention(Attention):
     hold all scores. They want q', k' and v' equally wide, on CUDA a multiple of 8, hence the zeros.
     """
 
-    windowed = False  # attention within windows is cheap to recompute
+    windowed = False  # set by TSSAM: attention within windows is cheap to recompute in backward
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, h, w, C) -> the same shape."""
@@ -394,8 +395,8 @@ class FusedAttention(Attention):
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # each (B, heads, h, w, d)
         batch, heads, h, w, d = q.shape
         padding = -(d + h + w) % 8
-        rel_h = torch.einsum("bnhwd,hkd->bnhwk", q, get_rel_pos(h, h, self.rel_pos_h))
-        rel_w = torch.einsum("bnhwd,wkd->bnhwk", q, get_rel_pos(w, w, self.rel_pos_w))
+        rel_h = torch.einsum("bnhwd,hkd->bnhwk", q, get_rel_pos(h, h, self.rel_pos_h))  # (B, heads, h, w, h)
+        rel_w = torch.einsum("bnhwd,wkd->bnhwk", q, get_rel_pos(w, w, self.rel_pos_w))  # (B, heads, h, w, w)
         rows = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)
         columns = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
         one_hot = F.pad(torch.cat([columns, rows], dim=1), (0, padding)).expand(batch, heads, -1, -1)
@@ -425,7 +426,7 @@ def build_tssam(
     csa_blocks: Iterable[int] | None = None,
     mrm_blocks: Iterable[int] | None = None,
 ) -> TSSAM:
-    """Build a TSSAM (see there) in training mode, its encoder filled from SAM's published weights if they are named."""
+    """A `TSSAM` in training mode, its encoder filled from SAM's published weights if `sam_checkpoint` names them."""
     model = TSSAM(sam, image_size, high_freq, csa_blocks, mrm_blocks)
     if sam_checkpoint is not None:
         load_sam(model, sam_checkpoint)
@@ -586,7 +587,7 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
 def load_file(path: str | os.PathLike) -> dict:
     """The dict in a file of `torch.save`, tensors on the CPU; nothing but tensors and plain values is unpickled.
 
-    What other code puts around weights is taken off: an entry `model` or `state_dict`, names that begin with `module.`.
+    Wrappers are taken off: an entry `model` or `state_dict`, the prefix `module.` of names.
     """
     if not os.path.isfile(path):
         raise InputError(f"{path}: no such file")
