@@ -561,8 +561,8 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
     content = load_file(path)
     if "image_encoder.csa_embedding.weight" in content:  # the authors'
         high_freq = "image_encoder.fft_embedding.proj.weight" in content
-        grid = content["image_encoder.pos_embed"].shape[1]
-        model = TSSAM(encoder_name(content, path), grid * PATCH, high_freq)
+        sam, grid = encoder_name(content, path), content["image_encoder.pos_embed"].shape[1]
+        model = TSSAM(sam, grid * PATCH, high_freq)
         load_strictly(model, content, str(path), released_name)
         return model, {"task": "shadow" if high_freq else "sod or cod"}
     if not {"config", "trained", "task", "encoder"} <= content.keys():
