@@ -183,7 +183,7 @@ def image_files(folder: Path) -> dict[str, Path]:
         else:
             files[file.stem] = file
     if others:
-        warn(f"{folder}: left out {len(others)} files that are no images by their endings, such as {others[0]}")
+        warn(f"{folder}: skipped {len(others)} files whose endings Pillow does not know, such as {others[0]}")
     return files
 
 
@@ -469,10 +469,10 @@ def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path) -> None:
     sheet = Image.new("RGB", (3 * column + gap, text + len(rows) * (text + height + gap)), "white")
     draw = ImageDraw.Draw(sheet)
     for x, name in enumerate(("image", "ground truth", "prediction as saved")):
-        draw.text((gap + x * column, 2), name, fill="black")
+        draw.text((gap + x * column, 2), name, fill="black", font_size=12)
     for y, ((title, *_), row) in enumerate(zip(rows, panels, strict=True)):
         top = text + y * (text + height + gap)
-        draw.text((gap, top + 2), title.encode("ascii", "replace").decode(), fill="black")  # what any font can draw
+        draw.text((gap, top + 2), title.encode("ascii", "replace").decode(), fill="black", font_size=12)
         for x, panel in enumerate(row):
             sheet.paste(panel, (gap + x * column, top + text))
     write(path, lambda file: sheet.save(file, "PNG"))
@@ -723,7 +723,7 @@ def prepare_save(save: Path, ckpt: str) -> None:
 
 def main() -> None:
     args = parse_arguments()
-    header: tuple[str, ...] = ()
+    header, print_once = (), cache(print)
     for source in args.ckpt or [args.maps]:
         model, task, data = None, args.task or "sod", args.data
         if args.maps is None:
@@ -739,12 +739,14 @@ def main() -> None:
             if [other.name for other in sets].count(s.name) > 1:
                 raise InputError(f"--data: {s.folder}: another dataset is called {s.name} too; name one at a time")
             if s.pairs[0][1] is None and args.save is None:
-                raise InputError(f"{s.folder}: no masks to score by (looked for {MASK_FOLDERS}); --save only predicts")
-            print(s)
+                raise InputError(
+                    f"{s.folder}: no masks to score by; --save DIR only predicts (looked for {MASK_FOLDERS})"
+                )
+            print_once(str(s))
         pairs_of = {s.name: find_maps(args.maps, s) if args.maps else s.pairs for s in sets}
         empty_masks = {name: check_files(name, pairs) for name, pairs in pairs_of.items()}
         precision = "" if args.maps else args.precision
-        print(f"protocol: {args.protocol}; task: {task}" + (precision and f"; precision: {precision}"))
+        print_once(f"protocol: {args.protocol}; task: {task}" + (precision and f"; precision: {precision}"))
         if args.save is not None:
             prepare_save(args.save, source)
 

@@ -77,7 +77,7 @@ def draw_curves(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
         points = [(x, top + height * (high - v) / (high - low or 1)) for x, v in zip(xs, values, strict=True)]
         draw.rectangle((gap, top, gap + width, top + height), outline="grey")
         title = f"{column}: {low:.4g} to {high:.4g}, last {values[-1]:.4g}; {len(values)} epochs"
-        draw.text((gap, top - 14), title, fill="black")
+        draw.text((gap, top - 16), title, fill="black", font_size=12)
         draw.line(points, fill="blue")
         for x, y in points:
             draw.ellipse((x - 2, y - 2, x + 2, y + 2), fill="blue")
@@ -146,7 +146,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     group.add_argument("--data", type=Path, nargs="+", metavar="DIR", help=text)
     text = "datasets to validate on, joined (default: the test splits of --data; cod: CAMO's, if it is among them)"
     group.add_argument("--val", type=Path, nargs="+", metavar="DIR", help=text)
-    group.add_argument("--demo", action="store_true", help=f"draw a small dataset and train on it, with {DEMO}")
+    options = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items())
+    group.add_argument("--demo", action="store_true", help=f"draw a small dataset and train on it, with {options}")
 
     group = parser.add_argument_group("experiment; in brackets the default and its source")
     text = "SAM's encoder (vit_h: the paper's TS-SAM_H)"
@@ -215,7 +216,7 @@ def main() -> None:
     on_cuda, last, best = args.device.startswith("cuda"), args.out / "last.pt", args.out / "best.pt"
     part_size, left_over = divmod(args.batch_size, world * args.accumulate)  # images that pass the network at once
     if left_over:
-        text = f"is no multiple of {world} processes x --accumulate {args.accumulate}"
+        text = f"cannot be cut into {world} (processes) x {args.accumulate} (--accumulate) equal parts"
         raise InputError(f"--batch-size: {args.batch_size} {text}")
     if stored is None and args.out.exists() and any(args.out.iterdir()):
         raise InputError(f"--out: {args.out} is not empty; continue its run with --resume, or name another folder")
@@ -269,6 +270,8 @@ def main() -> None:
         model, _ = tssam.load_checkpoint(last, weights)
         encoder = stored["encoder"]
     else:
+        if args.init is not None and (sam := tssam.encoder_name(tssam.load_file(args.init), args.init)) != args.sam:
+            raise InputError(f"--init: {args.init} belongs to {sam}, not {args.sam}: --sam {sam}")
         if not random and weights is None:
             if rank == 0:
                 tssam.sam_weights(args.sam)
@@ -282,8 +285,9 @@ def main() -> None:
         if args.init is not None:
             source, _ = tssam.load_checkpoint(args.init, weights)
             if tssam.fingerprint(source) != encoder["fingerprint"]:
-                text = f"was trained on another encoder, {source.config['sam']}; --sam and --sam-checkpoint name it"
-                raise InputError(f"--init: {args.init} {text}")
+                raise InputError(f"--init: {args.init} was trained on another encoder; --sam-checkpoint names it")
+            if source.config["high_freq"] != model.config["high_freq"]:
+                raise InputError(f"--init: {args.init} and --task {args.task}: both or none must be of shadows")
             own = {name: t for name, t in model.state_dict().items() if name.startswith("image_encoder.")}
             tssam.load_strictly(model, source.state_dict() | own, f"--init: {args.init}")
     if weights is not None:
@@ -310,7 +314,7 @@ def main() -> None:
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
         rows, best_score, validated = stored["rows"], stored["best_score"], stored["validated"]
-        say(f"resume: after epoch {len(rows)}" + ("" if validated else ", which is validated first"))
+        say(f"resume: after epoch {len(rows)} of {args.epochs}" + ("" if validated else ", which is validated first"))
 
     # Checkpoints
     args.out.mkdir(parents=True, exist_ok=True)
@@ -417,6 +421,8 @@ def main() -> None:
         cells += [f"{name} {text}" for name, text in evaluate.show(metrics).items()] if val_sets else []
         left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
         say("  ".join(cells) + f"{best_yet}  {left} left")
+    if val_sets:
+        say(f"best:  {selected_by} {abs(best_score):.4f}, {best}")
     if world > 1:
         dist.destroy_process_group()
 

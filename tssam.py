@@ -436,7 +436,7 @@ def build_tssam(
 def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
     """Path of SAM's published weights in `folder`, downloaded there (sha256 checked) if it has none."""
     if sam not in SAM_FILES:
-        raise InputError(f"{sam}: no weights are published for it; --sam-checkpoint random trains on a random encoder")
+        raise InputError(f"{sam}: no weights are published for it; name a file with --sam-checkpoint, or `random`")
     name, sha256 = SAM_FILES[sam]
     path = Path(folder) / name
     if not path.exists():
@@ -471,7 +471,9 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
 
 
 def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
-    """Which of `ENCODERS` is in a file's state dict."""
+    """Which of `ENCODERS` is in a file's state dict, or belongs to a checkpoint of ours."""
+    if "config" in state:
+        return state["config"]["sam"]
     if "image_encoder.pos_embed" not in state:
         raise InputError(f"{path}: holds no encoder of SAM's; its tensors are {', '.join([*state][:3])}, ...")
     width = state["image_encoder.pos_embed"].shape[-1]
@@ -567,7 +569,8 @@ def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike |
         return model, {"task": "shadow" if high_freq else "sod or cod"}
     if not {"config", "trained", "task", "encoder"} <= content.keys():
         holds = f"it holds {', '.join([*content][:3])}, ..."
-        raise InputError(f"{path}: neither a checkpoint written by train.py nor one of the authors' code; {holds}")
+        what = "neither a checkpoint of train.py nor one of the authors' code (SAM's weights alone: --sam-checkpoint)"
+        raise InputError(f"{path}: {what}; {holds}")
     model, encoder = TSSAM(**content.pop("config")), content["encoder"]
     source = sam_checkpoint or encoder["sam_checkpoint"]
     if encoder["random"] is not None and sam_checkpoint is None:
