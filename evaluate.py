@@ -3,6 +3,7 @@
     python evaluate.py --ckpt runs/sod-vit_h/best.pt                             on what it was validated on in training
     python evaluate.py --ckpt runs/sod-vit_h/best.pt --data DUTS ECSSD --save masks --csv table.csv
     python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol full-size      the authors' checkpoint
+    python evaluate.py --ckpt a.pt b.pt --data DUTS --csv table.csv              two models, below what the table holds
     python evaluate.py --maps masks --data DUTS ECSSD                            saved maps, no checkpoint
 
 Every number is made under one of two protocols; `py_sod_metrics` computes both:
@@ -11,8 +12,8 @@ Every number is made under one of two protocols; `py_sod_metrics` computes both:
                > 0 before its nearest resize, the prediction in floating point. Weighted F-measure with beta^2 = 0.3.
                BER: mean over images.
     full-size  the field's habit: logits upsampled to the mask's own size, sigmoid, rounded to 8 bits; mask > 128.
-               Weighted F-measure with beta^2 = 1; also the maximal and the adaptive F-measure, with beta^2 = 0.3.
-               Shadows: also BER over the pooled pixels of the dataset.
+               Weighted F-measure with beta^2 = 1; also the maximal, mean and adaptive F-measure with beta^2 = 0.3, and
+               the maximal E-measure. Shadows: also BER over the pooled pixels of the dataset.
 
 `train.py` validates with the same functions, under the paper's protocol.
 """
@@ -458,7 +459,7 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
 def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path) -> None:
     """Draw a row `image | ground truth | prediction` for each (title, image, mask, map file) into one PNG; maps are
     shown as they were saved, not stretched as for the metrics."""
-    height, gap, text = 160, 6, 16
+    height, gap, text = 160, 6, 20
     panels = []
     for _, image_file, mask_file, map_file in rows:
         image = read_image(image_file, has_mask=True)
@@ -669,7 +670,7 @@ def parse_arguments() -> argparse.Namespace:
     text = "what --maps show (default sod): shadows are scored by BER"
     group.add_argument("--task", choices=("sod", "cod", "shadow"), help=text)
     group = parser.add_argument_group("what to write")
-    group.add_argument("--csv", type=Path, metavar="FILE", help="the table in full precision, below what it holds")
+    group.add_argument("--csv", type=Path, metavar="FILE", help="table to add the rows to, in full precision")
     text = "new folder for 8-bit maps at each image's own size, <dataset>/<image's stem>.png, and overview pictures"
     group.add_argument("--save", type=Path, metavar="DIR", help=text)
     group = add_machine_arguments(parser)

@@ -1307,7 +1307,7 @@ def test_overview_shows_image_mask_and_prediction(tmp_path):
     Image.new("L", (48, 40), 77).save(tmp_path / "map.png")
     evaluate.save_overview([("title", *pair, tmp_path / "map.png")], tmp_path / "overview.png")
     pixels = np.asarray(Image.open(tmp_path / "overview.png").convert("L")).astype(float)
-    panels = [pixels[32 : 32 + 160, 6 + x * 198 :][:, :192] for x in range(3)]
+    panels = [pixels[40 : 40 + 160, 6 + x * 198 :][:, :192] for x in range(3)]
     truth = np.asarray(Image.open(pair[1]).resize((192, 160)))
     assert panels[0].std() > 30 and np.abs(panels[1] - truth).mean() < 1 and (panels[2] == 77).all()
 

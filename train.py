@@ -173,10 +173,10 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     group = parser.add_argument_group("run")
     group.add_argument("--out", type=Path, metavar="DIR", help="a new folder (default runs/<task>-<sam>)")
     group.add_argument("--resume", action="store_true", help="continue the run in --out after its last whole epoch")
-
-    group = evaluate.add_machine_arguments(parser)
     text = "pass a batch in so many parts, one after the other; batch norms see one part at a time (default 1)"
     group.add_argument("--accumulate", type=int, default=1, help=text)
+
+    group = evaluate.add_machine_arguments(parser)
     text = "compute the encoder's blocks again in backward: less memory"
     group.add_argument("--grad-checkpoint", action="store_true", help=text)
 
