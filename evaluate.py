@@ -52,7 +52,8 @@ from tssam import TSSAM, InputError, load_checkpoint, one_line, write
 # Find the images
 
 Image.init()
-IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+IMAGE_KINDS = Image.OPEN.keys() - {"BUFR", "EMF", "GRIB", "HDF5", "MPEG", "WMF"}  # these Pillow only recognises
+IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in IMAGE_KINDS}
 Image.MAX_IMAGE_PIXELS = None  # a user's own large photograph is no attack
 
 # Folder names of the datasets as people download them, see `named`. ISTD's train_c is the shadow-free image, no mask.
@@ -172,11 +173,8 @@ def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) 
 
 def image_files(folder: Path) -> dict[str, Path]:
     """The image files in a folder by their stems, sorted, without hidden ones."""
-    files: dict[str, Path] = {}
-    others = []
-    for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or file.is_dir():
-            continue
+    files, others = {}, []
+    for file in sorted(f for f in folder.iterdir() if not f.name.startswith(".") and not f.is_dir()):
         if file.suffix.lower() not in IMAGE_ENDINGS:
             others.append(file.name)
         elif file.stem in files:
@@ -196,10 +194,12 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
-def open_image(path: Path, mode: str | None = None) -> Image.Image:
+def open_image(path: Path, mode: str | None = None, is_mask: bool = False) -> Image.Image:
     """An image file converted to `mode`, or with its header alone read. Alpha is dropped (source: release)."""
     try:
         image = Image.open(path)
+        if mode and not is_mask and image.mode[0] in "FI":
+            raise ValueError("its pixels have more than 8 bits, which would be cut off at 255; save it with 8")
         converted = image.convert(mode) if mode else image
         converted.format = image.format
         return converted
@@ -216,7 +216,7 @@ def read_image(path: Path, has_mask: bool = False) -> Image.Image:
 def read_mask(path: Path) -> Image.Image:
     """A mask file as 8-bit grey. One that is nowhere above 128, such as a mask of 0 and 1, is read as 0 and 255; one in
     a lossy file, where the object's border is surrounded by faint noise, is cut at 128."""
-    mask = open_image(path, "L")
+    mask = open_image(path, "L", is_mask=True)
     if mask.getextrema()[1] <= 128:
         return mask.point(lambda v: 255 * (v > 0))
     return mask.point(lambda v: 255 * (v > 128)) if mask.format in LOSSY else mask
@@ -252,29 +252,26 @@ def read_images(batch: Pairs, size: int) -> tuple[Tensor, list[tuple]]:
 
 def check_files(name: str, pairs: Pairs) -> int:
     """Open every file's header and read every mask; warn of images (or maps) that are not of their mask's size, and of
-    masks that say nothing; the number of empty masks."""
-    unequal, empty, full = [], [], []
+    masks that say nothing. The number of empty masks."""
+    unequal, empty, full = [], 0, 0
     for image_file, mask_file in tqdm(pairs, name, unit="img", leave=False, disable=None):
-        image = open_image(image_file)
+        size = open_image(image_file).size
         if mask_file is not None:
             mask = read_mask(mask_file)
             darkest, brightest = mask.getextrema()
-            if brightest == 0:
-                empty.append(mask_file)
-            elif darkest > 0:
-                full.append(mask_file)
-            if image.size != mask.size:
-                a, b = image.size, mask.size
-                unequal.append(f"{image_file.name} ({a[0]} x {a[1]}, mask {b[0]} x {b[1]})")
-    for masks, what in ((empty, "are empty"), (full, "have no background")):
-        if len(masks) == len(pairs):
-            raise InputError(f"{name}: all {len(pairs)} masks {what}, such as {masks[0]}; check how they were exported")
+            empty += brightest == 0
+            full += darkest > 0
+            if size != mask.size:
+                unequal.append(f"{image_file.name} ({size[0]} x {size[1]}, mask {mask.width} x {mask.height})")
+    text = f"{empty} of {len(pairs)} masks are empty, {full} have no background"
+    if len(pairs) in (empty, full):
+        raise InputError(f"{name}: {text}; check how {mask_file.parent} was made")
     if empty or full:
-        warn(f"{name}: {len(empty)} of {len(pairs)} masks are empty, {len(full)} have no background")
+        warn(f"{name}: {text}")
     if unequal:
         which = f"{len(unequal)} of {len(pairs)} files are not of their mask's size, such as {', '.join(unequal[:3])}"
         warn(f"{name}: {which}; each is resized by itself")
-    return len(empty)
+    return empty
 
 
 # ---------------------------------------------------------------------------------------------------------------------
@@ -380,10 +377,8 @@ def finish(job: tuple, task: str, protocol: str, save: Path | None) -> dict:
 
 
 def finish_map(job: tuple[Path, Path], task: str, scale: int = 1) -> dict:
-    """Score a saved map (map, mask file) under the full-size protocol; one of another size is resized bilinearly.
-
-    scale: 255 for maps of 0 and 1.
-    """
+    """Score a saved map (map, mask file) under the full-size protocol; one of another size is resized bilinearly. What
+    the map's pixels are times `scale` counts: 255 for maps of 0 and 1."""
     grey, mask = open_image(job[0], "L").point(lambda v: v * scale), read_mask(job[1])
     if grey.size != mask.size:
         grey = grey.resize(mask.size, Image.Resampling.BILINEAR)
@@ -443,7 +438,7 @@ def evaluate(
 
 def score_maps(name: str, pairs: list[tuple[Path, Path]], task: str, workers: int) -> Iterator[dict]:
     """What `score` gives for each saved map of a dataset; where none is brighter than 1, maps are of 0 and 1."""
-    brightest = max(open_image(file, "L").getextrema()[1] for file, _ in pairs)
+    brightest = max(open_image(file, "L").getextrema()[1] for file, _ in progress(pairs, name, len(pairs)))
     if task == "shadow" and brightest != 1 and brightest <= 125:
         warn(f"{name}: no map is brighter than {brightest} of 255; BER cuts them at 125, so all are black to it")
     work = partial(finish_map, task=task, scale=255 if brightest == 1 else 1)
@@ -519,9 +514,10 @@ def print_rows(name: str, images: int, metrics: dict[str, float], header: bool, 
 def read_csv(path: Path) -> list[dict]:
     """The rows of a table that this script wrote; none where there is no file."""
     lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else [",".join(CSV_COLUMNS)]
-    if lines[:1] != [",".join(CSV_COLUMNS)]:
+    rows = [*csv.DictReader(lines)]
+    if lines[:1] != [",".join(CSV_COLUMNS)] or any(None in row for row in rows):
         raise InputError(f"--csv: {path} exists and is no table of this evaluate.py; name another file")
-    return [*csv.DictReader(lines)]
+    return rows
 
 
 def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
@@ -666,7 +662,7 @@ def parse_arguments() -> argparse.Namespace:
     text = "see above (default paper; --maps: full-size; `original` is full-size too)"
     group.add_argument("--protocol", choices=("paper", "full-size", "original"), help=text)
     text = "of the network (default fp32, so that a table does not depend on the card)"
-    group.add_argument("--precision", choices=tuple(PRECISIONS), default="fp32", help=text)
+    group.add_argument("--precision", choices=tuple(PRECISIONS), help=text)
     text = "what --maps show (default sod): shadows are scored by BER"
     group.add_argument("--task", choices=("sod", "cod", "shadow"), help=text)
     group = parser.add_argument_group("what to write")
@@ -680,15 +676,20 @@ def parse_arguments() -> argparse.Namespace:
     check_arguments(args, ("batch_size",))
     if args.protocol == "original":
         args.protocol = "full-size"
+    for file in args.ckpt or ():
+        if not os.path.isfile(file):
+            raise InputError(f"{file}: no such file")
     if args.ckpt is not None and args.save is not None and len(args.ckpt) > 1:
         raise InputError("--save: takes the maps of one --ckpt; name the others one by one")
     if args.maps is not None:
         if args.data is None:
             raise InputError("--data: name the datasets that the maps belong to")
-        if args.save or args.sam_checkpoint or args.protocol == "paper":
-            raise InputError("--maps: goes without --save, --sam-checkpoint and --protocol paper; nothing is predicted")
+        if args.save or args.sam_checkpoint or args.precision or args.protocol == "paper":
+            text = "--save, --sam-checkpoint, --precision and --protocol paper"
+            raise InputError(f"--maps: goes without {text}; nothing is predicted")
     elif args.task is not None:
         raise InputError("--task: goes with --maps; a checkpoint knows its own")
+    args.precision = args.precision or "fp32"
     args.protocol = args.protocol or ("paper" if args.maps is None else "full-size")
     if args.csv is not None:
         read_csv(args.csv)  # which refuses another file

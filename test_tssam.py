@@ -796,6 +796,11 @@ def test_masks_of_every_kind(tmp_path):
     Image.fromarray(disk * 255).save(tmp_path / "mask.jpg", quality=60)
     assert len(np.unique(Image.open(tmp_path / "mask.jpg"))) > 10  # faint noise around the object
     assert np.array_equal(evaluate.read_mask(tmp_path / "mask.jpg"), disk * 255)
+    deep = Image.fromarray(disk.astype(np.uint16) * 65535)
+    deep.save(tmp_path / "mask.png")
+    assert np.array_equal(evaluate.read_mask(tmp_path / "mask.png"), disk * 255)
+    with pytest.raises(InputError, match="mask.png: cannot be read as an image .its pixels have more than 8 bits"):
+        evaluate.read_image(tmp_path / "mask.png")
     exif = Image.Exif()
     exif[0x0112] = 6  # a phone's photograph, on its side
     Image.fromarray(disk * 255).save(tmp_path / "photo.jpg", exif=exif)
@@ -810,7 +815,7 @@ def test_masks_that_say_nothing_are_counted(tmp_path, capsys):
     Image.open(pairs[2][1]).point(lambda v: max(v, 5)).save(pairs[2][1])  # a veil, foreground in training
     assert evaluate.check_files("few", pairs) == 1
     assert capsys.readouterr().err == "warning: few: 1 of 4 masks are empty, 2 have no background\n"
-    for number, message in ((0, "all 1 masks are empty, such as .*a.png"), (1, "all 1 masks have no background")):
+    for number, message in ((0, "few: 1 of 1 masks are empty, 0"), (1, "few: 0 of 1 masks are empty, 1 have .*GT was")):
         with pytest.raises(InputError, match=message):
             evaluate.check_files("few", pairs[number : number + 1])
     assert evaluate.check_files("good", pairs[3:]) == 0 and capsys.readouterr().err == ""
@@ -1170,7 +1175,10 @@ def test_what_training_refuses_and_says(here, monkeypatch, capsys):
         ),
         ((*SMALL, *out, "--lr", 0), "--lr: 0.0 is not a number above zero"),
         ((*SMALL, *out, "--lr", "1e30"), "epoch 1, step 2: the loss is nan; last.pt holds epoch 0; try a lower --lr"),
-        ((*SMALL, *out, "--data", "black"), "black: all 2 masks are empty, such as black/GT/a.png; check how"),
+        (
+            (*SMALL, *out, "--data", "black"),
+            "black: 2 of 2 masks are empty, 0 have no background; check how black/GT was",
+        ),
         ((*SMALL, *out, "--device", "cuda:77"), "--device: cuda:77 cannot be used here"),
         ((*SMALL, *out, "--data", "broken", "--workers", 1), "a.jpg: cannot be read as an image ("),
         ((*SMALL, "--resume", "--out", "nowhere"), "nowhere/last.pt: no such file"),

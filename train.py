@@ -193,7 +193,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         args = parser.parse_args()
         args.data, args.val = ([Path(d) for d in dirs] if dirs else None for dirs in (args.data, args.val))
         for name in EXPERIMENT:
-            if getattr(args, name) != stored["args"][name]:
+            if getattr(args, name) != stored["args"].get(name):
                 flag = f"--{name.replace('_', '-')} {getattr(args, name)}"
                 raise InputError(f"--resume: {flag} would be another experiment; this one has {stored['args'][name]}")
     elif args.demo:
@@ -270,8 +270,12 @@ def main() -> None:
         model, _ = tssam.load_checkpoint(last, weights)
         encoder = stored["encoder"]
     else:
-        if args.init is not None and (sam := tssam.encoder_name(tssam.load_file(args.init), args.init)) != args.sam:
-            raise InputError(f"--init: {args.init} belongs to {sam}, not {args.sam}: --sam {sam}")
+        if args.init is not None:
+            content = tssam.load_file(args.init)
+            sam = content["config"]["sam"] if "trained" in content else tssam.encoder_name(content, args.init)
+            if sam != args.sam:
+                raise InputError(f"--init: {args.init} belongs to {sam}, not {args.sam}: --sam {sam}")
+            del content
         if not random and weights is None:
             if rank == 0:
                 tssam.sam_weights(args.sam)
@@ -285,11 +289,13 @@ def main() -> None:
         if args.init is not None:
             source, _ = tssam.load_checkpoint(args.init, weights)
             if tssam.fingerprint(source) != encoder["fingerprint"]:
-                raise InputError(f"--init: {args.init} was trained on another encoder; --sam-checkpoint names it")
+                text = "was trained on another encoder; name it with --sam-checkpoint (a random one: with --seed)"
+                raise InputError(f"--init: {args.init} {text}")
             if source.config["high_freq"] != model.config["high_freq"]:
                 raise InputError(f"--init: {args.init} and --task {args.task}: both or none must be of shadows")
             own = {name: t for name, t in model.state_dict().items() if name.startswith("image_encoder.")}
             tssam.load_strictly(model, source.state_dict() | own, f"--init: {args.init}")
+            del source, own
     if weights is not None:
         encoder["sam_checkpoint"] = os.path.abspath(weights)
     if encoder["random"] is not None:
@@ -421,7 +427,7 @@ def main() -> None:
         cells += [f"{name} {text}" for name, text in evaluate.show(metrics).items()] if val_sets else []
         left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
         say("  ".join(cells) + f"{best_yet}  {left} left")
-    if val_sets:
+    if best_score > -math.inf:
         say(f"best:  {selected_by} {abs(best_score):.4f}, {best}")
     if world > 1:
         dist.destroy_process_group()

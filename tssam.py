@@ -471,9 +471,7 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
 
 
 def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
-    """Which of `ENCODERS` is in a file's state dict, or belongs to a checkpoint of ours."""
-    if "config" in state:
-        return state["config"]["sam"]
+    """Which of `ENCODERS` is in a file's state dict."""
     if "image_encoder.pos_embed" not in state:
         raise InputError(f"{path}: holds no encoder of SAM's; its tensors are {', '.join([*state][:3])}, ...")
     width = state["image_encoder.pos_embed"].shape[-1]
@@ -600,7 +598,8 @@ def load_file(path: str | os.PathLike) -> dict:
         kind = type(error).__name__
         raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {kind}") from error
     for wrapper in ("model", "state_dict"):
-        content = content.get(wrapper, content) if isinstance(content, dict) else content
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
         raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
     return {name.removeprefix("module."): value for name, value in content.items()}
