@@ -769,8 +769,9 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
     assert [(image.name, mask) for image, mask in s.pairs] == [("a.jpg", None), ("b.jpg", None)]
     Image.new("RGB", (9, 9)).save(tmp_path / "photos/Imgs/c.tif")
     (tmp_path / "photos/Imgs/d.heic").touch()
+    (tmp_path / "photos/Imgs/d.mpg").touch()
     assert [image.name for image, _ in evaluate.find_sets([tmp_path / "photos/Imgs"], "test")[0].pairs][2] == "c.tif"
-    assert "Imgs: skipped 1 files whose endings Pillow does not know, such as d.heic" in capsys.readouterr().err
+    assert "Imgs: skipped 2 files whose endings Pillow does not know, such as d.heic" in capsys.readouterr().err
     (s,) = evaluate.find_sets([tmp_path / "photos/Imgs/b.jpg"], "test")
     assert (s.name, len(s.pairs)) == ("b", 1)
 
@@ -1051,6 +1052,7 @@ def test_training_by_hand(here, monkeypatch, capsys, task, loss_of, flags):
     assert sorted(p.name for p in Path("run").iterdir()) == files
     # best.pt is the best epoch, and evaluate.py gives its numbers on the remembered data.
     column, better = ("BER", min) if task == "shadow" else ("S", max)
+    assert out.splitlines()[-1] == f"best:  {column} {better(float(row[column]) for row in logged):.4f}, run/best.pt"
     best = torch.load("run/best.pt", weights_only=True)
     assert best["metrics"][column] == better(float(row[column]) for row in logged)
     code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "run/best.pt", "--csv", "t.csv", "--workers", 0)
@@ -1279,13 +1281,20 @@ def test_tables_and_saved_maps(here, monkeypatch, capsys):
     Image.open("maps/ECSSD/a.png").resize((60, 60)).save("maps/ECSSD/a.png")
     (here / "maps/ECSSD/b.png").unlink()
     (here / "notes.csv").write_text("mine")
+    (here / "edited.csv").write_text(Path("maps.csv").read_text().strip() + ",my remark\n")
     maps = ("--maps", "maps", "--workers", 0)
     for flags, message in (
         ((*maps, "--data", "ECSSD"), "ECSSD: 1 of 3 maps are missing, such as b.png; there are a.png, c.png"),
         ((*maps, "--data", "data/test"), "--maps: maps has no folder data, only ECSSD, camo_Test"),
         ((*maps,), "--data: name the datasets that the maps belong to"),
+        (
+            (*maps, "--data", "ECSSD", "--precision", "bf16"),
+            "--maps: goes without --save, --sam-checkpoint, --precision",
+        ),
+        (("--ckpt", "model.pt", "nope.pt", *arguments[2:]), "nope.pt: no such file"),
         ((*arguments, "--save", "ECSSD/Imgs"), "--save: ECSSD/Imgs holds other files than maps of model.pt"),
         ((*arguments, "--csv", "notes.csv"), "--csv: notes.csv exists and is no table of this evaluate.py"),
+        ((*arguments, "--csv", "edited.csv"), "--csv: edited.csv exists and is no table of this evaluate.py"),
         (("--ckpt", "model.pt", "twin.pt", "--save", "both"), "--save: takes the maps of one --ckpt"),
         (
             ("--ckpt", "twin.pt", *arguments[2:], "--save", "maps"),
@@ -1297,7 +1306,7 @@ def test_tables_and_saved_maps(here, monkeypatch, capsys):
         ((*arguments, "--task", "sod"), "--task: goes with --maps; a checkpoint knows its own"),
     ):
         code, out, err = script(monkeypatch, capsys, evaluate, *flags)
-        assert code == 2 and message in err and err.count("\n") == 1, err
+        assert code == 2 and message in err and err.count("\n") == 1 and "0." not in out, err
     Image.open("maps/ECSSD/a.png").save("maps/ECSSD/b.png")
     code, out, err = script(monkeypatch, capsys, evaluate, *maps, "--data", "ECSSD")
     assert (
