@@ -1210,113 +1210,115 @@ def test_what_training_refuses_and_says(here, monkeypatch, capsys):
     assert code == 0 and "val:   CAMO: " in text and "NC4K" not in text
 
 
-def test_tables_and_saved_maps(here, monkeypatch, capsys):
+CKPT = ("--ckpt", "model.pt", "--device", "cpu", "--workers", 0)
+SETS = ("--data", "CAMO", "ECSSD")
+MAPS = ("--maps", "maps", "--workers", 0)
+
+
+@pytest.fixture
+def score(here, monkeypatch, capsys):
+    """evaluate.py as a function, in a folder with a checkpoint and two datasets."""
     torch.manual_seed(3)
     model = build_tssam("tiny", 64)
     model.ffd.head.weight.data *= 600
     checkpoint(here / "model.pt", model, epoch=7)
     for name in ("CAMO", "ECSSD"):
         make_pairs(here / name, "Imgs + GT", "abc")
-    arguments = ("--ckpt", "model.pt", "--device", "cpu", "--workers", 0, "--data", "CAMO", "ECSSD")
-    code, out, err = script(monkeypatch, capsys, evaluate, *arguments)
+    return functools.partial(script, monkeypatch, capsys, evaluate)
+
+
+def test_tables_and_saved_maps(score):
+    code, out, err = score(*CKPT, *SETS)
     assert code == 0 and out.startswith("model.pt: sod, tiny, epoch 7\nCAMO: CAMO/Imgs and GT, no split, 3 images\n")
     header, camo, paper_b, paper_h, ecssd = out.splitlines()[-5:]
     assert header.split() == ["dataset", "images", "S", "E", "wF", "MAE"] and ecssd.startswith("ECSSD")
     assert paper_b.split()[2:] == ["0.826", "0.862", "0.753", "0.073"] and paper_h.split()[2:][0] == "0.887"
     assert len({len(line) for line in out.splitlines()[-5:]}) == 1
-    full = (*arguments, "--protocol", "original", "--csv", "model.csv", "--save", "maps")
-    code, out, err = script(monkeypatch, capsys, evaluate, *full)
+    code, out, err = score(*CKPT, *SETS, "--protocol", "original", "--csv", "model.csv", "--save", "maps")
     assert code == 0 and "protocol: full-size" in out and "TS-SAM_B" not in out
     names = ["CAMO", "ECSSD", "checkpoint.txt", "overview-CAMO.png", "overview-ECSSD.png"]
     assert sorted(p.name for p in Path("maps").iterdir()) == names
     assert sorted(p.name for p in Path("maps/CAMO").iterdir()) == ["a.png", "b.png", "c.png"]
     Path("maps/CAMO").rename("maps/camo_Test")  # as others name it
-    code, again, err = script(
-        monkeypatch, capsys, evaluate, "--maps", "maps", "--data", "CAMO", "ECSSD", "--csv", "maps.csv", "--workers", 0
-    )
+    code, out, err = score(*MAPS, *SETS, "--csv", "maps.csv")
     columns = "model,dataset,images,protocol,S,E,wF,MAE,maxF,adpF,meanF,maxE,BER,BER_pooled,precision"
     assert Path("model.csv").read_text().startswith(f"{columns}\nmodel.pt,CAMO,3,full-size,"), err
     ours = Path("model.csv").read_text().replace("model.pt,", "maps,").replace(",fp32\n", ",\n")
     assert Path("maps.csv").read_text() == ours and ours.count("\n") == 3
-    assert all(
-        float(row["meanF"]) < float(row["maxF"]) and float(row["E"]) < float(row["maxE"])
-        for row in read_rows("maps.csv")
-    )
-    # Several checkpoints, below what the table holds.
+    for row in read_rows("maps.csv"):
+        assert float(row["meanF"]) < float(row["maxF"]) and float(row["E"]) < float(row["maxE"])
+    # Images without masks are predicted, a single one too.
+    code, out, err = score(*CKPT, "--data", "CAMO/Imgs", "ECSSD/Imgs/b.jpg", "--save", "new")
+    assert code == 0 and "Imgs: no masks, so no metrics; 3 predictions in new/Imgs" in out
+    assert Path("new/b.png").read_bytes() == Path("maps/ECSSD/b.png").read_bytes()
+    # Of a set with an empty mask the paper's rows are not printed, since published tables leave such images out.
+    Image.new("L", (48, 40)).save("CAMO/GT/b.png")
+    code, out, err = score(*CKPT, *SETS)
+    assert code == 0 and "warning: CAMO: 1 of 3 masks are empty, 0 have no background" in err and "TS-SAM_B" not in out
+
+
+def test_checkpoints_compared(score):
     shutil.copy("model.pt", "twin.pt")
-    code, out, err = script(
-        monkeypatch, capsys, evaluate, "--ckpt", "model.pt", "twin.pt", *arguments[2:], "--csv", "model.csv"
-    )
+    assert score(*CKPT, *SETS, "--protocol", "full-size", "--csv", "table.csv")[0] == 0
+    code, out, err = score("--ckpt", "model.pt", "twin.pt", *CKPT[2:], *SETS, "--csv", "table.csv")
     assert code == 0 and out.count("\nECSSD: ") == out.count("dataset ") == 1 and out.count("\nECSSD  ") == 2
-    rows = read_rows("model.csv")
+    rows = read_rows("table.csv")
     assert [row["model"] for row in rows] == ["model.pt"] * 4 + ["twin.pt"] * 2
     assert [row["dataset"] for row in rows] == ["CAMO", "ECSSD"] * 3
     assert rows[2] == rows[4] | {"model": "model.pt"} and rows[2]["protocol"] == "paper" != rows[0]["protocol"]
-    code, out, err = script(monkeypatch, capsys, evaluate, *arguments, "--precision", "bf16", "--csv", "bf16.csv")
-    assert code == 0 and "precision: bf16" in out and read_rows("bf16.csv")[0]["precision"] == "bf16"
-    assert read_rows("bf16.csv")[0]["MAE"] != rows[2]["MAE"]
-    assert float(read_rows("bf16.csv")[0]["MAE"]) == pytest.approx(float(rows[2]["MAE"]), abs=0.02)
-    # Of a set with an empty mask the paper's rows are not printed, since published tables leave such images out.
-    shutil.copytree("CAMO", "hidden/CAMO")
-    Image.new("L", (48, 40)).save("hidden/CAMO/GT/b.png")
-    code, out, err = script(monkeypatch, capsys, evaluate, *arguments[:6], "--data", "hidden")
-    assert code == 0 and "warning: CAMO: 1 of 3 masks are empty, 0 have no background" in err and "TS-SAM_B" not in out
-    # Maps of 0 and 1 are masks.
+    code, out, err = score(*CKPT, *SETS, "--precision", "bf16", "--csv", "table.csv")
+    half = read_rows("table.csv")[6]
+    assert code == 0 and "precision: bf16" in out and (half["precision"], rows[2]["precision"]) == ("bf16", "fp32")
+    assert 0 < abs(float(half["MAE"]) - float(rows[2]["MAE"])) < 0.02
+
+
+def test_maps_of_other_methods(score):
     for name, scale in (("ones", 1), ("dark", 90)):
         Path(name).mkdir()
         for file in Path("ECSSD/GT").iterdir():
             Image.open(file).point(lambda v, scale=scale: v // 255 * scale).save(f"{name}/{file.name}")
     shadow = ("--data", "ECSSD", "--task", "shadow", "--workers", 0)
-    code, out, err = script(monkeypatch, capsys, evaluate, "--maps", "ones", *shadow)
+    code, out, err = score("--maps", "ones", *shadow)  # of 0 and 1, read like masks
     assert code == 0 and out.splitlines()[-1].split()[2:] == ["0.00", "0.00"] and not err
-    code, out, err = script(monkeypatch, capsys, evaluate, "--maps", "dark", *shadow)
+    code, out, err = score("--maps", "dark", *shadow)
     assert code == 0 and "warning: ECSSD: no map is brighter than 90 of 255" in err
-    # Images without masks are predicted, a single one too.
-    code, out, err = script(
-        monkeypatch, capsys, evaluate, *arguments[:6], "--data", "CAMO/Imgs", "ECSSD/Imgs/b.jpg", "--save", "new"
-    )
-    assert code == 0 and "Imgs: no masks, so no metrics; 3 predictions in new/Imgs" in out
-    assert Path("new/b.png").read_bytes() == Path("maps/ECSSD/b.png").read_bytes()
-    # A map of another size is resized to the mask, and that is said.
-    Image.open("maps/ECSSD/a.png").resize((60, 60)).save("maps/ECSSD/a.png")
-    (here / "maps/ECSSD/b.png").unlink()
-    (here / "notes.csv").write_text("mine")
-    (here / "edited.csv").write_text(Path("maps.csv").read_text().strip() + ",my remark\n")
-    maps = ("--maps", "maps", "--workers", 0)
-    for flags, message in (
-        ((*maps, "--data", "ECSSD"), "ECSSD: 1 of 3 maps are missing, such as b.png; there are a.png, c.png"),
-        ((*maps, "--data", "data/test"), "--maps: maps has no folder data, only ECSSD, camo_Test"),
-        ((*maps,), "--data: name the datasets that the maps belong to"),
-        (
-            (*maps, "--data", "ECSSD", "--precision", "bf16"),
-            "--maps: goes without --save, --sam-checkpoint, --precision",
-        ),
-        (("--ckpt", "model.pt", "nope.pt", *arguments[2:]), "nope.pt: no such file"),
-        ((*arguments, "--save", "ECSSD/Imgs"), "--save: ECSSD/Imgs holds other files than maps of model.pt"),
-        ((*arguments, "--csv", "notes.csv"), "--csv: notes.csv exists and is no table of this evaluate.py"),
-        ((*arguments, "--csv", "edited.csv"), "--csv: edited.csv exists and is no table of this evaluate.py"),
-        (("--ckpt", "model.pt", "twin.pt", "--save", "both"), "--save: takes the maps of one --ckpt"),
-        (
-            ("--ckpt", "twin.pt", *arguments[2:], "--save", "maps"),
-            "--save: maps holds other files than maps of twin.pt",
-        ),
-        ((*arguments[:6], "--data", "CAMO/Imgs"), "no masks to score by"),
-        (arguments[:6], "model.pt: trained without a validation set; name the data: --data"),
-        ((*arguments, "--batch-size", 0), "--batch-size: 0 is not a number above zero"),
-        ((*arguments, "--task", "sod"), "--task: goes with --maps; a checkpoint knows its own"),
-    ):
-        code, out, err = script(monkeypatch, capsys, evaluate, *flags)
-        assert code == 2 and message in err and err.count("\n") == 1 and "0." not in out, err
-    Image.open("maps/ECSSD/a.png").save("maps/ECSSD/b.png")
-    code, out, err = script(monkeypatch, capsys, evaluate, *maps, "--data", "ECSSD")
+    for file in Path("ones").iterdir():  # of another size than the masks
+        Image.open(file).resize((60, 60)).save(file)
+    code, out, err = score("--maps", "ones", "--data", "ECSSD", "--workers", 0)
     assert (
-        code == 0 and "warning: ECSSD: 2 of 3 files are not of their mask's size, such as a.png (60 x 60, mask" in err
+        code == 0 and "warning: ECSSD: 3 of 3 files are not of their mask's size, such as a.png (60 x 60, mask" in err
     )
+
+
+def test_what_evaluation_refuses(score):
+    shutil.copy("model.pt", "twin.pt")
+    assert score(*CKPT, *SETS, "--csv", "edited.csv", "--save", "maps")[0] == 0
+    Path("maps/ECSSD/b.png").unlink()
+    Path("notes.csv").write_text("mine")
+    Path("edited.csv").write_text(Path("edited.csv").read_text().strip() + ",my remark\n")
+    model, _ = load_checkpoint("model.pt")
     broken = {name: t * math.nan if t.is_floating_point() else t for name, t in model.state_dict().items()}
     model.load_state_dict(broken)
-    checkpoint(here / "nan.pt", model)
-    code, out, err = script(monkeypatch, capsys, evaluate, "--ckpt", "nan.pt", *arguments[2:])
-    assert code == 2 and "a.jpg: the network's output is not finite" in err
+    checkpoint(Path("nan.pt"), model)
+    for flags, message in (
+        ((*MAPS, "--data", "ECSSD"), "ECSSD: 1 of 3 maps are missing, such as b.png; there are a.png, c.png"),
+        ((*MAPS, "--data", "data/test"), "--maps: maps has no folder data, only CAMO, ECSSD"),
+        (MAPS, "--data: name the datasets that the maps belong to"),
+        ((*MAPS, *SETS, "--precision", "bf16"), "--maps: goes without --save, --sam-checkpoint, --precision"),
+        (("--ckpt", "model.pt", "nope.pt", *SETS), "nope.pt: no such file"),
+        ((*CKPT, *SETS, "--save", "ECSSD/Imgs"), "--save: ECSSD/Imgs holds other files than maps of model.pt"),
+        (("--ckpt", "twin.pt", *SETS, "--save", "maps"), "--save: maps holds other files than maps of twin.pt"),
+        (("--ckpt", "model.pt", "twin.pt", "--save", "both"), "--save: takes the maps of one --ckpt"),
+        ((*CKPT, *SETS, "--csv", "notes.csv"), "--csv: notes.csv exists and is no table of this evaluate.py"),
+        ((*CKPT, *SETS, "--csv", "edited.csv"), "--csv: edited.csv exists and is no table of this evaluate.py"),
+        ((*CKPT, "--data", "CAMO/Imgs"), "no masks to score by"),
+        (CKPT, "model.pt: trained without a validation set; name the data: --data"),
+        ((*CKPT, *SETS, "--batch-size", 0), "--batch-size: 0 is not a number above zero"),
+        ((*CKPT, *SETS, "--task", "sod"), "--task: goes with --maps; a checkpoint knows its own"),
+        (("--ckpt", "nan.pt", *CKPT[2:], *SETS), "a.jpg: the network's output is not finite"),
+    ):
+        code, out, err = score(*flags)
+        assert code == 2 and message in err and err.count("\n") == 1 and "0." not in out, err
 
 
 def test_overview_shows_image_mask_and_prediction(tmp_path):
