@@ -1132,6 +1132,7 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, monkeypatch,
     assert all(torch.equal(a["exp_avg_sq"], states[1][i]["exp_avg_sq"]) for i, a in states[0].items())
     for flags, message in (
         (("--lr", "1e-4"), "--lr 0.0001 would be another experiment; this one has 0.001"),
+        (("--init", "cut/best.pt"), "--init cut/best.pt would be another experiment; this one has None"),
         (("--accumulate", 2), "the batch norms of this run saw 2 images at a time, not 1"),
         (("--data", "data/test"), "--data has 3 images; this run has 5"),
     ):
