@@ -593,7 +593,10 @@ def test_files_that_are_no_checkpoints_are_rejected(tmp_path):
     with pytest.raises(InputError, match=r"sam.pth: holds tiny, not vit_b: --sam tiny"):
         build_tssam("vit_b", 64, sam_checkpoint=path)
     state = torch.load(path, weights_only=True)
-    for wrapped in ({"model": state, "epoch": 3}, {"state_dict": {f"module.{name}": t for name, t in state.items()}}):
+    for wrapped in (
+        {"model": state, "epoch": 3},
+        {"model": "vit_b", "state_dict": {f"module.{n}": t for n, t in state.items()}},
+    ):
         torch.save(wrapped, tmp_path / "wrapped.pth")
         assert torch.equal(
             build_tssam("tiny", SIZE, sam_checkpoint=tmp_path / "wrapped.pth").image_encoder.pos_embed,
