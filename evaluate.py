@@ -114,13 +114,8 @@ def search(root: Path, split: str) -> list[ImageSet]:
 
 
 def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
-    """The datasets in `roots`, or an InputError.
-
-    Args:
-        roots: each a dataset's root (its `split` is taken where it has splits), or a folder of images beside one of
-            masks; for "test" also a folder above several datasets, a folder of images alone, or an image file.
-        split: "train" (every dataset has masks) or "test".
-    """
+    """The datasets in `roots`: each root that of a dataset (its `split` is taken where it has splits) or a folder of
+    images beside one of masks; for the "test" split also a folder above several, of images alone, or an image file."""
     sets: list[ImageSet] = []
     for root in roots:
         if not root.exists():
@@ -281,17 +276,13 @@ balanced_error = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=Fal
 
 
 def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) -> dict[str, float | np.ndarray]:
-    """One image's metrics, by `py_sod_metrics`, as values that add up over a dataset (see `average`).
-
-    A metric that is nan, as S is if all foreground lies in the last row, counts 0 (source: release).
+    """prediction (H, W), floats in [0, 1] (paper) or uint8 (full-size), and mask (H, W) bool -> the image's metrics, by
+    `py_sod_metrics`, as values that add up over a dataset (see `average`).
 
     All but BER see the prediction stretched to [0, 1] first, as the field's toolboxes do: a map's offset and contrast
     do not count, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 as it is (source:
-    release); an image without shadow, or with nothing else, counts 50 at least.
-
-    Args:
-        prediction: (H, W), floats in [0, 1] (paper) or uint8 (full-size).
-        mask: (H, W) bool.
+    release); an image without shadow, or with nothing else, counts 50 at least. A metric that is nan, as S is where all
+    foreground lies in the last row, counts 0 (source: release).
     """
     grey = prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255  # the range step takes
 
@@ -342,7 +333,6 @@ def average(sums: dict, task: str, protocol: str) -> dict[str, float]:
 # ---------------------------------------------------------------------------------------------------------------------
 # Score a dataset: image files -> network, in this process -> `finish`, in workers -> sums
 
-
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -358,12 +348,8 @@ def to_map(logit: Tensor, size: tuple[int, int]) -> np.ndarray:
 
 
 def finish(job: tuple, task: str, protocol: str, save: Path | None) -> dict:
-    """What follows the network for one image: write its map to `save`, and score it if it has a mask.
-
-    Args:
-        job: logit (1, S, S), the image's own (height, width), its file and its mask's.
-    """
-    logit, size, image_file, mask_file = job
+    """What follows the network for one image: write its map to `save`, and score it if it has a mask."""
+    logit, size, image_file, mask_file = job  # (1, S, S), the image's own (height, width), and two files
     logit = torch.from_numpy(logit)
     if save is not None:
         grey = Image.fromarray(to_map(logit, size))
@@ -424,12 +410,8 @@ def in_workers(work: Callable, jobs: Iterable, workers: int) -> Iterator:
 def evaluate(
     model: TSSAM, pairs: Pairs, task: str, protocol: str, batch_size: int, workers: int, save: Path | None = None
 ) -> Iterator[dict]:
-    """What `score` gives for each image, {} without a mask; the model runs in eval mode on its own device.
-
-    Args:
-        workers: processes that read images, and as many that score them; 0: neither.
-        save: existing folder for the maps: <image's stem>.png, 8-bit grey, at the image's own size.
-    """
+    """What `score` gives for each image, {} without a mask; the model runs in eval mode on its own device. As many
+    `workers` read images as score them. `save` is a folder for the maps, <image's stem>.png, of the image's size."""
     model.eval()
     jobs = predict(model, pairs, batch_size, workers)
     results = in_workers(partial(finish, task=task, protocol=protocol, save=save), jobs, workers)

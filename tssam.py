@@ -532,13 +532,10 @@ def fingerprint(model: TSSAM) -> str:
 
 
 def save_checkpoint(path: str | os.PathLike, model: TSSAM, *, task: str, encoder: dict, **info) -> None:
-    """Write the trained part of a model and what it takes to build it again.
+    """Write the trained part of a model, what it takes to build it again, and more plain values (`info`).
 
-    Args:
-        task: `sod`, `cod` or `shadow`.
-        encoder: of the encoder as it was loaded, the `fingerprint`, `sam_checkpoint` (the path of SAM's weights) and
-            `random`: None, or a random encoder's whole state dict, which no file holds.
-        info: more plain values to keep.
+    `encoder` holds the encoder's `fingerprint` as it was loaded, `sam_checkpoint` (the path of SAM's weights) and
+    `random`: None, or a random encoder's state dict, which no file holds. `task` is sod, cod or shadow.
     """
     trained = {name: t.cpu() for name, t in model.state_dict().items() if not name.startswith("image_encoder.")}
     content = dict(config=model.config, trained=trained, task=task, encoder=encoder, **info)
@@ -546,17 +543,11 @@ def save_checkpoint(path: str | os.PathLike, model: TSSAM, *, task: str, encoder
 
 
 def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None) -> tuple[TSSAM, dict]:
-    """Build the model of a file that `save_checkpoint` or the authors' code wrote.
+    """The model of a file that `save_checkpoint` or the authors' code wrote, on the CPU and in training mode, and what
+    else the file holds: `task`, `encoder`, train.py's values; of the authors' `task` alone, "shadow" or "sod or cod".
 
-    Args:
-        path: the checkpoint.
-        sam_checkpoint: SAM's weights; None: the file used in training if it is still there, else `sam_weights`. Not
-            read for an authors' checkpoint, which holds SAM's weights itself.
-
-    Returns:
-        The model, on the CPU and in training mode, and a dict of what else `save_checkpoint` was given: `task`,
-        `encoder`, and what train.py adds. For an authors' checkpoint `task` alone, which is `shadow` or, since the
-        file does not tell these two apart, `sod or cod`.
+    SAM's weights come from `sam_checkpoint`, else from the file used in training if it is still there, else from
+    `sam_weights`; an authors' checkpoint holds them itself.
     """
     content = load_file(path)
     if "image_encoder.csa_embedding.weight" in content:  # the authors'
