@@ -249,7 +249,7 @@ def check_files(name: str, pairs: Pairs) -> int:
     """Open every file's header and read every mask; warn of images (or maps) that are not of their mask's size, and of
     masks that say nothing. The number of empty masks."""
     unequal, empty, full = [], 0, 0
-    for image_file, mask_file in tqdm(pairs, name, unit="img", leave=False, disable=None):
+    for image_file, mask_file in progress(pairs, name, len(pairs)):
         size = open_image(image_file).size
         if mask_file is not None:
             mask = read_mask(mask_file)
