@@ -189,12 +189,10 @@ IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
-def open_image(path: Path, mode: str | None = None, is_mask: bool = False) -> Image.Image:
+def open_image(path: Path, mode: str | None = None) -> Image.Image:
     """An image file converted to `mode`, or with its header alone read. Alpha is dropped (source: release)."""
     try:
         image = Image.open(path)
-        if mode and not is_mask and image.mode[0] in "FI":
-            raise ValueError("its pixels have more than 8 bits, which would be cut off at 255; save it with 8")
         converted = image.convert(mode) if mode else image
         converted.format = image.format
         return converted
@@ -211,7 +209,7 @@ def read_image(path: Path, has_mask: bool = False) -> Image.Image:
 def read_mask(path: Path) -> Image.Image:
     """A mask file as 8-bit grey. One that is nowhere above 128, such as a mask of 0 and 1, is read as 0 and 255; one in
     a lossy file, where the object's border is surrounded by faint noise, is cut at 128."""
-    mask = open_image(path, "L", is_mask=True)
+    mask = open_image(path, "L")
     if mask.getextrema()[1] <= 128:
         return mask.point(lambda v: 255 * (v > 0))
     return mask.point(lambda v: 255 * (v > 128)) if mask.format in LOSSY else mask
@@ -246,23 +244,27 @@ def read_images(batch: Pairs, size: int) -> tuple[Tensor, list[tuple]]:
 
 
 def check_files(name: str, pairs: Pairs) -> int:
-    """Open every file's header and read every mask; warn of images (or maps) that are not of their mask's size, and of
-    masks that say nothing. The number of empty masks."""
-    unequal, empty, full = [], 0, 0
+    """Open every file's header and read every mask; warn of images (or maps) of more than 8 bits or not of their mask's
+    size, and of masks that say nothing. The number of empty masks."""
+    unequal, deep, empty, full = [], 0, 0, 0
     for image_file, mask_file in progress(pairs, name, len(pairs)):
-        size = open_image(image_file).size
+        image = open_image(image_file)
+        deep += image.mode[0] in "FI"  # Pillow's modes of floats and of 16 and 32 bits
         if mask_file is not None:
             mask = read_mask(mask_file)
             darkest, brightest = mask.getextrema()
             empty += brightest == 0
             full += darkest > 0
-            if size != mask.size:
-                unequal.append(f"{image_file.name} ({size[0]} x {size[1]}, mask {mask.width} x {mask.height})")
+            if image.size != mask.size:
+                a, b = image.size, mask.size
+                unequal.append(f"{image_file.name} ({a[0]} x {a[1]}, mask {b[0]} x {b[1]})")
     text = f"{empty} of {len(pairs)} masks are empty, {full} have no background"
     if len(pairs) in (empty, full):
         raise InputError(f"{name}: {text}; check how {mask_file.parent} was made")
     if empty or full:
         warn(f"{name}: {text}")
+    if deep:
+        warn(f"{name}: {deep} of {len(pairs)} files have more than 8 bits, which are cut off at 255; save them with 8")
     if unequal:
         which = f"{len(unequal)} of {len(pairs)} files are not of their mask's size, such as {', '.join(unequal[:3])}"
         warn(f"{name}: {which}; each is resized by itself")
