@@ -28,6 +28,7 @@ checkpoints, and ours, which hold the trained part alone. `python tssam.py` prin
 import hashlib
 import os
 import re
+import threading
 from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
@@ -226,6 +227,9 @@ def high_pass(images: Tensor) -> Tensor:
         return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs()
 
 
+forward_lock = threading.Lock()
+
+
 class TSSAM(nn.Module):
     """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams beside it, the FFD behind them.
 
@@ -285,8 +289,8 @@ class TSSAM(nn.Module):
             global_attn_indexes=spec["global_blocks"],
         ).requires_grad_(False)
         for block in self.image_encoder.blocks:  # the same numbers in less memory
-            block.__class__, block.attn.__class__ = EncoderBlock, FusedAttention
-            block.attn.windowed = block.window_size > 0
+            block.__class__ = EncoderBlock
+            block.attn.__class__ = FusedAttention
 
         self.csa_embedding = nn.Linear(width, csa_width)
         self.high_freq_embedding = nn.Conv2d(3, csa_width, PATCH, stride=PATCH) if high_freq else None
@@ -334,8 +338,9 @@ class TSSAM(nn.Module):
             f_mrm = self.mrm[-1](f_vit, *f_mrm)
             f_csa, _ = self.csa[-1](f_csa, f_vit)
 
-        # The hooks live for this one forward, so nothing they saw outlives it, and a copied model taps its own encoder.
-        with ExitStack() as taps:
+        # The hooks live for one forward pass: no activation outlives it, and a copied model taps its own encoder. One
+        # forward pass at a time, since threads that share a model would run each other's hooks.
+        with forward_lock, ExitStack() as taps:
             taps.enter_context(encoder.patch_embed.register_forward_hook(tap_patches))
             for i, block in enumerate(encoder.blocks):
                 block.grad_checkpoint = self.grad_checkpoint
@@ -372,39 +377,40 @@ class EncoderBlock(Block):
 
 
 class FusedAttention(Attention):
-    """SAM's attention without its N x N matrix.
+    """SAM's attention, computed for a few rows of queries at a time (source: ours).
 
-    To the score of query q and key k SAM adds rel_h[q, row of k] + rel_w[q, column of k], and so builds a matrix of
-    N x N scores per head: at 1024 x 1024, N = 4096, most of the encoder's memory. The sum is an inner product:
-
-        q' = [q / sqrt(d), rel_w[q], rel_h[q]]      k' = [k, one-hot column of k, one-hot row of k]      v' = [v, 0, 0]
-
-    so plain attention over q', k' and v' is SAM's, and `scaled_dot_product_attention` has kernels for it that never
-    hold all scores. They want q', k' and v' equally wide, on CUDA a multiple of 8, hence the zeros.
+    SAM computes softmax(q k^T / sqrt(d) + rel_h[..., :, None] + rel_w[..., None, :]) v: a bias for the rows and one
+    for the columns between a query and a key. All N x N scores of a head (N = 4096 at 1024 x 1024) would be most of
+    the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a few rows of queries as its mask: of one
+    row at 1024 x 1024, of a whole window. Backward recomputes each piece, so that only one is ever held.
     """
 
-    windowed = False  # set by TSSAM: attention within windows is cheap to recompute in backward
+    SCORES = 2**18  # of one head at a time; with 2**20 and more a CPU's cache no longer holds them
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, h, w, C) -> the same shape."""
+        h, w = x.shape[1:3]
         qkv = self.qkv(x).unflatten(-1, (3, self.num_heads, -1))  # (B, h, w, 3, heads, d)
-        return self.proj(recompute(self.attend, qkv) if self.windowed else self.attend(qkv))
-
-    def attend(self, qkv: Tensor) -> Tensor:
-        """qkv (B, h, w, 3, heads, d) -> (B, h, w, C)."""
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # each (B, heads, h, w, d)
-        batch, heads, h, w, d = q.shape
-        padding = -(d + h + w) % 8
-        rel_h = torch.einsum("bnhwd,hkd->bnhwk", q, get_rel_pos(h, h, self.rel_pos_h))  # (B, heads, h, w, h)
-        rel_w = torch.einsum("bnhwd,wkd->bnhwk", q, get_rel_pos(w, w, self.rel_pos_w))  # (B, heads, h, w, w)
-        rows = torch.eye(h, dtype=k.dtype, device=k.device).repeat_interleave(w, dim=0)
-        columns = torch.eye(w, dtype=k.dtype, device=k.device).repeat(h, 1)
-        one_hot = F.pad(torch.cat([columns, rows], dim=1), (0, padding)).expand(batch, heads, -1, -1)
-        q = torch.cat([q * self.scale, rel_w, F.pad(rel_h, (0, padding))], dim=-1).flatten(2, 3)
-        k = torch.cat([k.flatten(2, 3), one_hot], dim=-1)
-        v = F.pad(v.flatten(2, 3), (0, one_hot.shape[-1]))
-        out = F.scaled_dot_product_attention(q, k, v, scale=1.0)[..., :d]
-        return out.transpose(1, 2).reshape(batch, h, w, heads * d)
+        k = k.flatten(2, 3)
+        v = v.flatten(2, 3)
+        with x.device:  # get_rel_pos makes its index there, and no copy from the CPU stalls a GPU
+            table_h = get_rel_pos(h, h, self.rel_pos_h)  # (h, h, d)
+            table_w = get_rel_pos(w, w, self.rel_pos_w)  # (w, w, d)
+        rows = max(1, self.SCORES // (w * h * w))
+        pieces = [
+            recompute(self.attend, q_rows, k, v, table_rows, table_w)
+            for q_rows, table_rows in zip(q.split(rows, dim=2), table_h.split(rows), strict=True)
+        ]
+        return self.proj(torch.cat(pieces, dim=2).permute(0, 2, 3, 1, 4).flatten(3))
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
+        """Rows of queries q (B, heads, r, w, d), all keys and values (B, heads, N, d) -> (B, heads, r, w, d)."""
+        rel_h = torch.einsum("bnrwd,rkd->bnrwk", q, table_h)  # (B, heads, r, w, h)
+        rel_w = torch.einsum("bnrwd,wkd->bnrwk", q, table_w)  # (B, heads, r, w, w)
+        bias = rel_h[..., :, None] + rel_w[..., None, :]  # (B, heads, r, w, h, w)
+        out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias.flatten(4).flatten(2, 3))
+        return out.view_as(q)
 
 
 # ---------------------------------------------------------------------------------------------------------------------
