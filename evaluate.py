@@ -1,196 +1,287 @@
 """Score TS-SAM, or any method's saved maps.
 
-    python evaluate.py --ckpt runs/sod-vit_h/best.pt                             on what it was validated on in training
+    python evaluate.py --ckpt runs/sod-vit_h/best.pt             on what it was validated on in training
     python evaluate.py --ckpt runs/sod-vit_h/best.pt --data DUTS ECSSD --save masks --csv table.csv
-    python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol full-size      the authors' checkpoint
-    python evaluate.py --ckpt a.pt b.pt --data DUTS --csv table.csv              two models, below what the table holds
-    python evaluate.py --maps masks --data DUTS ECSSD                            saved maps, no checkpoint
+    python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol full-size   authors' checkpoint
+    python evaluate.py --ckpt a.pt b.pt --data DUTS --csv table.csv       two models, appended to a table
+    python evaluate.py --maps masks --data DUTS ECSSD                     saved maps, no checkpoint
 
 Every number is made under one of two protocols; `py_sod_metrics` computes both:
 
-    paper      as in the paper's released code: prediction and mask are compared at the model's S x S, the mask cut at
-               > 0 before its nearest resize, the prediction in floating point. Weighted F-measure with beta^2 = 0.3.
-               BER: mean over images.
-    full-size  the field's habit: logits upsampled to the mask's own size, sigmoid, rounded to 8 bits; mask > 128.
-               Weighted F-measure with beta^2 = 1; also the maximal, mean and adaptive F-measure with beta^2 = 0.3, and
-               the maximal E-measure. Shadows: also BER over the pooled pixels of the dataset.
+    paper      as in the paper's released code: prediction and mask are compared at the model's S x S,
+               the mask cut at > 0 before its nearest resize, the prediction in floating point.
+               Weighted F-measure with beta^2 = 0.3. BER: mean over images.
+    full-size  the usual protocol: logits upsampled to the mask's own size, sigmoid, rounded to 8
+               bits; mask > 128. Weighted F-measure with beta^2 = 1; also the maximal, mean and
+               adaptive F-measure with beta^2 = 0.3, and the maximal E-measure. Shadows: also BER
+               over the pooled pixels of the dataset.
 
 `train.py` validates with the same functions, under the paper's protocol.
 """
 
 import argparse
 import csv
-import io
-import multiprocessing.forkserver
-import multiprocessing.resource_tracker
 import os
 import re
 import signal
 import sys
 import threading
 import time
+import unicodedata
 import warnings
-from collections import deque
+from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
 from functools import cache, partial
+from itertools import islice
 from pathlib import Path
-from typing import NamedTuple
+from typing import NamedTuple, TextIO
 
 import numpy as np
 import py_sod_metrics
 import torch
 import torch.nn.functional as F
-from PIL import Image, ImageDraw, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torchvision.transforms.functional import normalize
 from tqdm import tqdm
 
-from tssam import TSSAM, InputError, load_checkpoint, one_line, write
+from tssam import TSSAM, InputError, load_checkpoint, one_line, write_atomically
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Find the images
 
 Image.init()
-IMAGE_KINDS = Image.OPEN.keys() - {"BUFR", "EMF", "GRIB", "HDF5", "MPEG", "WMF"}  # these Pillow only recognises
-IMAGE_ENDINGS = {ending for ending, kind in Image.registered_extensions().items() if kind in IMAGE_KINDS}
+# Pillow only recognises these formats.
+UNREADABLE = {"BUFR", "EMF", "GRIB", "HDF5", "MPEG", "WMF"}
+IMAGE_FORMATS = Image.OPEN.keys() - UNREADABLE
+IMAGE_ENDINGS = {
+    end for end, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS
+}
 Image.MAX_IMAGE_PIXELS = None  # a user's own large photograph is no attack
 
-# Folder names of the datasets as people download them, see `named`. ISTD's train_c is the shadow-free image, no mask.
-IMAGE_FOLDERS = "im img imgs image images shadowimages train_a test_a"
+# Folder names of the datasets as people download them, see `matches`. ISTD's train_c, the image
+# without its shadow, is no mask.
+IMAGE_FOLDERS = "im img imgs img_dir image images shadowimages train_a test_a"
 MASK_FOLDERS = (
-    "gt gts gt_object groundtruth ground_truth ground-truth mask masks shadowmasks pixelwisegt-new-png label labels"
-    " annotation annotations train_b test_b"
+    "gt gts gt_object groundtruth ground_truth ground-truth mask masks shadowmasks"
+    " pixelwisegt-new-png label labels ann_dir annotation annotations train_b test_b"
 )
 SPLIT_FOLDERS = {
     "train": "tr train training traindataset trainingdataset",
+    "val": "val valid validation",
     "test": "te test testing testdataset testingdataset",
 }
 
-Pairs = list[tuple[Path, Path | None]]  # (image file, mask file or None)
+# Which splits to look for, the first that there is.
+TRAIN = ("train",)
+VALIDATION = ("val", "test")
+TEST = ("test", "val")
+
+Pair = tuple[Path, Path | None]  # an image file, its mask file or None
 
 
 class ImageSet(NamedTuple):
-    """A dataset: its name in tables, its folder, its split ("train", "test", or None where it has none), and its
-    (image, mask) files, sorted; a mask is None where the dataset has no masks."""
+    """A dataset."""
 
-    name: str
+    name: str  # in tables
     folder: Path
-    split: str | None
-    pairs: Pairs
+    split: str | None  # "train", "val", "test", or None where it has no splits
+    pairs: list[Pair]  # sorted; all have masks, or none has
 
     def __str__(self) -> str:
         image, mask = self.pairs[0]
-        folders = f"{image.parent} and {mask.parent.name}" if mask else f"{image.parent}, without masks"
-        return f"{self.name}: {folders}, {self.split or 'no'} split, {len(self.pairs)} images"
+        masks = f"masks in {mask.parent}" if mask else "no masks"
+        split = f"{self.split} split" if self.split else "no splits"
+        return f"{self.name}: {len(self.pairs)} images in {image.parent}, {masks}, {split}"
 
 
-@cache
-def warn(text: str) -> None:
-    """Print a warning, once."""
-    if os.environ.get("RANK", "0") == "0":  # of torchrun's processes the first speaks
-        print(f"warning: {text}", file=sys.stderr)
+def matches(folder: Path, words: str) -> bool:
+    """Whether a folder's name is one of `words`, optionally after a prefix ending in - or _.
+
+    In any case of letters: DUTS-TR is of "tr train".
+    """
+    pattern = rf"(.*[-_])?({words.replace(' ', '|')})"
+    return re.fullmatch(pattern, folder.name, re.IGNORECASE) is not None
 
 
-def named(folder: str, words: str) -> bool:
-    """Whether a folder is called by one of `words`, or by anything that ends in - or _ and one of them (any case)."""
-    return re.fullmatch(rf"(.*[-_])?({words.replace(' ', '|')})", folder, re.IGNORECASE) is not None
+def split_of(folder: Path) -> str | None:
+    """The split that a folder is named after."""
+    return next((split for split, words in SPLIT_FOLDERS.items() if matches(folder, words)), None)
 
 
-def search(root: Path, split: str) -> list[ImageSet]:
-    """The datasets of a split in a folder and up to four levels below it, and those that have no splits."""
-    sets = []
-    for path, subfolders, _ in os.walk(root, followlinks=True):
-        folder, below = Path(path), Path(path).relative_to(root).parts
-        subfolders[:] = sorted(f for f in subfolders if not f.startswith((".", "__")) and len(below) < 4)
-        image_folders, mask_folders = ([f for f in subfolders if named(f, w)] for w in (IMAGE_FOLDERS, MASK_FOLDERS))
-        of_split = next((s for f in reversed(below) for s, words in SPLIT_FOLDERS.items() if named(f, words)), None)
-        if image_folders and of_split in (split, None):
-            names = reversed(folder.absolute().parts)  # a folder that only says the split is called by the one above
-            name = next(n for n in names if n.lower() not in " ".join(SPLIT_FOLDERS.values()).split())
-            sets.append(ImageSet(name, folder, of_split, pair_files(folder, image_folders, mask_folders)))
-            subfolders.clear()
-    return sets
+def visible(folder: Path) -> list[Path]:
+    """What is in a folder, sorted, without what systems hide there."""
+    return sorted(f for f in folder.iterdir() if not f.name.startswith((".", "@", "__")))
 
 
-def find_sets(roots: Iterable[Path], split: str) -> list[ImageSet]:
-    """The datasets in `roots`: each root that of a dataset (its `split` is taken where it has splits) or a folder of
-    images beside one of masks; for the "test" split also a folder above several, of images alone, or an image file."""
-    sets: list[ImageSet] = []
-    for root in roots:
-        if not root.exists():
-            raise InputError(f"{root}: no such file or folder")
-        found = search(root, split)
-        if not found and split == "test":  # images alone
-            images = image_files(root).values() if root.is_dir() else [root]
-            found = [ImageSet(root.absolute().stem, root, None, [(file, None) for file in images])] if images else []
-        if split == "train" and any(s.split for s in found):
-            found = [s for s in found if s.split]
-        elif split == "train" and len(found) > 1:
-            raise InputError(f"{root}: holds several datasets ({', '.join(s.name for s in found)}); name one or more")
-        if not found:
-            there = ", ".join(sorted(f.name for f in root.iterdir() if f.is_dir())[:10]) if root.is_dir() else ""
-            raise InputError(
-                f"{root}: no dataset for the {split} split; name the folder above images and masks. The folders there:"
-                f" {there or 'none'}. Looked for, in any case and after any prefix that ends in - or _: images in"
-                f" {IMAGE_FOLDERS}; masks in {MASK_FOLDERS}; the split in {SPLIT_FOLDERS[split]}"
-            )
-        sets += found
-    for s in sets:
-        if split == "train" and s.pairs[0][1] is None:
-            raise InputError(f"{s.folder}: no folder of masks; looked for {MASK_FOLDERS}")
-        if sum(other.folder.resolve() == s.folder.resolve() for other in sets) > 1:
-            raise InputError(f"{s.folder}: named twice; once is enough")
-    return sets
+def subfolders(folder: Path, words: str = ".*") -> list[Path]:
+    """The folders in a folder whose names match."""
+    return [f for f in visible(folder) if f.is_dir() and matches(f, words)]
 
 
-def pair_files(folder: Path, image_folders: list[str], mask_folders: list[str]) -> Pairs:
-    """A dataset's (image, mask) files, paired by stem, from one folder of images and one or none of masks."""
-    files = []
-    for found in (image_folders, mask_folders):
-        if len(found) > 1:
-            raise InputError(f"{folder}: several folders of one kind, {' and '.join(found)}; leave one of them there")
-        files.append(image_files(folder / found[0]) if found else {})
-        if found and not files[-1]:
-            there = ", ".join(sorted(f.name for f in (folder / found[0]).iterdir())[:5]) or "nothing"
-            hint = "; CAMO is read as SINet's COD packs have it" if there == "Test, Train" else ""
-            raise InputError(f"{folder / found[0]}: no image files in it, but {there}{hint}")
-    images, masks = files
-    alone = sorted(images.keys() ^ masks.keys())
-    if alone and masks:
-        raise InputError(
-            f"{folder}: {len(images.keys() - masks.keys())} images without a mask and"
-            f" {len(masks.keys() - images.keys())} masks without an image, such as {', '.join(alone[:3])};"
-            " an image and its mask have the same name but for the ending"
-        )
-    return [(file, masks.get(stem)) for stem, file in images.items()]
+def search(
+    folder: Path, split: str, own_split: str | None = None, depth: int = 4
+) -> Iterator[ImageSet]:
+    """The datasets of a split, and those without splits, in a folder and up to four levels below."""
+    image_folders = subfolders(folder, IMAGE_FOLDERS)
+    mask_folders = subfolders(folder, MASK_FOLDERS)
+    if not image_folders:
+        for below in subfolders(folder) if depth else ():
+            yield from search(below, split, split_of(below) or own_split, depth - 1)
+        return
+    if own_split not in (split, None):
+        return
+    for kind in (image_folders, mask_folders):
+        if len(kind) > 1:
+            names = " and ".join(f.name for f in kind)
+            raise InputError(f"{folder}: several folders of one kind, {names}; keep one")
+    images = image_folders[0]
+    masks = mask_folders[0] if mask_folders else None
+    if any(split_of(f) for f in subfolders(images)):  # images/train, and masks/train or masks
+        own_split = split
+        images = next((f for f in subfolders(images) if split_of(f) == split), None)
+        if masks is not None:
+            masks = next((f for f in subfolders(masks) if split_of(f) == split), masks)
+    if images is not None:
+        yield ImageSet(name_of(folder), folder, own_split, pair_files(images, masks))
 
 
-def image_files(folder: Path) -> dict[str, Path]:
-    """The image files in a folder by their stems, sorted, without hidden ones."""
-    files, others = {}, []
-    for file in sorted(f for f in folder.iterdir() if not f.name.startswith(".") and not f.is_dir()):
+def name_of(folder: Path) -> str:
+    """A dataset's name: its folder's, or that of the one above where a folder only says the split."""
+    splits = " ".join(SPLIT_FOLDERS.values()).split()
+    names = [name for name in folder.absolute().parts[1:] if name.lower() not in splits]
+    return names[-1] if names else folder.absolute().name
+
+
+def pair_files(image_folder: Path, mask_folder: Path | None) -> list[Pair]:
+    """The (image, mask) files of two folders, paired by stem."""
+    images = image_files(visible(image_folder))
+    if not images:
+        there = ", ".join(f.name for f in visible(image_folder)[:5]) or "nothing"
+        raise InputError(f"{image_folder}: contains no image files, but {there}")
+    if mask_folder is None:
+        return [(file, None) for file in images.values()]
+    masks = image_files(visible(mask_folder))
+    first_mask = next(iter(masks), "")
+    for stem in [stem for stem in images if first_mask.startswith(stem)]:
+        ending = first_mask.removeprefix(stem)  # of all masks: a_mask.png
+        renamed = {mask.removesuffix(ending): file for mask, file in masks.items()}
+        if renamed.keys() == images.keys():
+            masks = renamed
+    without_mask = sorted(images.keys() - masks.keys())
+    without_image = sorted(masks.keys() - images.keys())
+    if split_of(image_folder) and not split_of(mask_folder):  # it holds the masks of all splits
+        without_image = []
+    if without_mask or without_image:
+        text = f"{len(without_mask)} images without a mask and {len(without_image)} masks without an image"
+        names = ", ".join((without_mask + without_image)[:3])
+        hint = "an image and its mask have the same name but for the ending"
+        raise InputError(f"{image_folder} and {mask_folder}: {text}, such as {names}; {hint}")
+    return [(file, masks[stem]) for stem, file in images.items()]
+
+
+def stem_of(file: Path) -> str:
+    """A file's name without its ending; macOS writes accents as characters of their own."""
+    return unicodedata.normalize("NFC", file.stem)
+
+
+def image_files(paths: list[Path]) -> dict[str, Path]:
+    """The image files among `paths` by their stems."""
+    files: dict[str, Path] = {}
+    others = []
+    for file in (path for path in paths if not path.is_dir()):
+        stem = stem_of(file)
         if file.suffix.lower() not in IMAGE_ENDINGS:
-            others.append(file.name)
-        elif file.stem in files:
-            raise InputError(f"{file}: {files[file.stem].name} has the same name but for its ending; remove one")
+            others.append(file)
+        elif stem in files:
+            text = f"{files[stem].name} has the same name but for its ending"
+            raise InputError(f"{file}: {text}; put masks into a folder of their own, called masks")
         else:
-            files[file.stem] = file
+            files[stem] = file
     if others:
-        warn(f"{folder}: skipped {len(others)} files whose endings Pillow does not know, such as {others[0]}")
+        text = f"skipped {len(others)} files whose endings Pillow does not know, such as"
+        warn(f"{others[0].parent}: {text} {others[0].name}")
     return files
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+def find_split(root: Path, splits: tuple[str, ...]) -> list[ImageSet]:
+    """The datasets in a folder, of the first of `splits` that it has, and those without splits."""
+    for split in splits:
+        found = list(search(root, split))
+        if any(s.split for s in found):
+            break
+    return found
+
+
+def find_sets(
+    roots: list[Path], splits: tuple[str, ...], need_masks: bool = True
+) -> list[ImageSet]:
+    """The datasets in `roots`.
+
+    Each root is the folder of a dataset, with images beside masks or with splits. To validate or
+    test on, also a folder above several, a folder of images alone, or image files.
+    """
+    files = [root for root in roots if root.is_file()]
+    datasets = without_masks(files[0].parent, files) if files else []
+    for root in roots:
+        if root in files:
+            continue
+        if not root.exists():
+            text = "no longer there, where training found it"
+            raise InputError(f"{root}: {text}; pass the dataset's folder with --data (or --val)")
+        found = find_split(root, splits)
+        if splits == TRAIN:
+            found = [s for s in found if s.split] or found
+            if len(found) > 1 and found[0].split is None:
+                names = ", ".join(s.name for s in found)
+                raise InputError(
+                    f"--data: {root} contains several datasets ({names}); pass one or more"
+                )
+        elif not found:
+            found = without_masks(root, visible(root))
+        if not found:
+            there = ", ".join(f.name for f in subfolders(root)[:10]) or "none"
+            raise InputError(
+                f"{root}: no dataset for the {splits[0]} split; pass the folder above images and masks."
+                f" The folders there: {there}. Looked for, in any case and after any prefix that ends in"
+                f" - or _: images in {IMAGE_FOLDERS}; masks in {MASK_FOLDERS}; the split in"
+                f" {SPLIT_FOLDERS[splits[0]]}"
+            )
+        datasets += found
+    for s in datasets:
+        if need_masks and s.pairs[0][1] is None:
+            text = f"no folder of masks; looked for {MASK_FOLDERS}"
+            raise InputError(f"{s.folder}: {text} (evaluate.py --save DIR predicts without masks)")
+    return datasets
+
+
+def without_masks(folder: Path, paths: list[Path]) -> list[ImageSet]:
+    """The image files among `paths` as a dataset, if there are any."""
+    pairs = [(file, None) for file in image_files(paths).values()]
+    return [ImageSet(name_of(folder), folder, None, pairs)] if pairs else []
+
+
+# -------------------------------------------------------------------------------------------------
 # Read them
 
-IMAGENET_MEAN = torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
-IMAGENET_STD = torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)
+IMAGENET_MEAN = (0.485, 0.456, 0.406)
+IMAGENET_STD = (0.229, 0.224, 0.225)
 LOSSY = ("JPEG", "MPO", "JPEG2000", "WEBP", "AVIF")
 
 
+class Sample(NamedTuple):
+    """An image file as the network takes it, its mask as a protocol takes it."""
+
+    image_file: Path
+    size: tuple[int, int]  # the image's own (height, width)
+    pixels: np.ndarray  # (S, S, 3) uint8
+    mask: np.ndarray | None  # bool, (S, S) under the paper's protocol, else of the mask's own size
+
+
 def open_image(path: Path, mode: str | None = None) -> Image.Image:
-    """An image file converted to `mode`, or with its header alone read. Alpha is dropped (source: release)."""
+    """An image file converted to `mode`, or its header alone. Alpha is dropped (source: release)."""
     try:
         image = Image.open(path)
         converted = image.convert(mode) if mode else image
@@ -200,575 +291,711 @@ def open_image(path: Path, mode: str | None = None) -> Image.Image:
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
 
 
+def orientation(image: Image.Image) -> int:
+    """How an image is turned by its EXIF; 1: not."""
+    try:
+        return image.getexif().get(ExifTags.Base.Orientation, 1)
+    except Exception:  # broken EXIF raises anything
+        return 1
+
+
 def read_image(path: Path, has_mask: bool = False) -> Image.Image:
-    """An image file as RGB, turned as its EXIF says; but beside a mask as its pixels lie (source: release)."""
+    """An image file as RGB. EXIF orientation is applied unless the image has a mask (source: release)."""
     image = open_image(path, "RGB")
-    return image if has_mask else ImageOps.exif_transpose(image)
+    return image if has_mask or orientation(image) == 1 else ImageOps.exif_transpose(image)
+
+
+def resize_image(image: Image.Image, size: int) -> np.ndarray:
+    """An RGB image resized bilinearly: (S, S, 3) uint8."""
+    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
 
 
 def read_mask(path: Path) -> Image.Image:
-    """A mask file as 8-bit grey. One that is nowhere above 128, such as a mask of 0 and 1, is read as 0 and 255; one in
-    a lossy file, where the object's border is surrounded by faint noise, is cut at 128."""
+    """A mask file as 8-bit grey.
+
+    One that is nowhere above 128, such as a mask of 0 and 1, is read as 0 and 255. One in a lossy
+    file, where faint noise surrounds the object, is cut at 128.
+    """
     mask = open_image(path, "L")
     if mask.getextrema()[1] <= 128:
         return mask.point(lambda v: 255 * (v > 0))
     return mask.point(lambda v: 255 * (v > 128)) if mask.format in LOSSY else mask
 
 
-def resize_mask(mask: Image.Image, size: int) -> np.ndarray:
-    """A mask at S x S, nearest: (S, S) bool, true where it is above 0 (source: release)."""
-    return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+def foreground(mask: Image.Image, protocol: str, size: int) -> np.ndarray:
+    """Where a grey mask has its object, as bool: at S x S (paper) or at the mask's own size."""
+    if protocol == "paper":
+        return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
+    return np.asarray(mask) > 128
 
 
-def to_input(image: Image.Image, size: int) -> Tensor:
-    """An RGB image as the network takes it: (3, S, S) float32, resized bilinearly, /255, ImageNet's mean and std."""
-    pixels = np.array(image.resize((size, size), Image.Resampling.BILINEAR))
-    return (torch.from_numpy(pixels).movedim(-1, 0).float() / 255 - IMAGENET_MEAN) / IMAGENET_STD
+def read_sample(pair: Pair, size: int, protocol: str) -> Sample:
+    """Read an image and, if it has one, its mask."""
+    image_file, mask_file = pair
+    image = read_image(image_file, has_mask=mask_file is not None)
+    mask = None
+    if mask_file is not None:
+        mask = foreground(read_mask(mask_file), protocol, size)
+    return Sample(image_file, (image.height, image.width), resize_image(image, size), mask)
 
 
-def read_pairs(batch: list[tuple[Path, Path, bool]], size: int) -> tuple[Tensor, Tensor]:
-    """A batch to train on: (image file, mask file, whether to mirror both) of each pair -> images (B, 3, S, S) as in
-    `to_input`, masks (B, 1, S, S), float32 of 0 and 1."""
-    images = torch.stack([to_input(read_image(image, has_mask=True), size) for image, _, _ in batch])
-    masks = torch.stack([torch.from_numpy(resize_mask(read_mask(mask), size)).float()[None] for _, mask, _ in batch])
-    mirror = torch.tensor([mirror for *_, mirror in batch]).view(-1, 1, 1, 1)
-    return torch.where(mirror, images.flip(-1), images), torch.where(mirror, masks.flip(-1), masks)
+def to_input(pixels: list[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+    """Images as the network takes them: B of (S, S, 3) uint8 -> (B, 3, S, S), /255, normalised."""
+    images = torch.from_numpy(np.stack(pixels)).to(device).movedim(-1, 1)
+    return normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
 
 
-def read_images(batch: Pairs, size: int) -> tuple[Tensor, list[tuple]]:
-    """A batch to predict from: (image file, mask file or None) of each pair -> images (B, 3, S, S) as in `to_input`,
-    and for each the image's own (height, width) and the two files."""
-    images = [read_image(file, has_mask=mask is not None) for file, mask in batch]
-    infos = [((image.height, image.width), *pair) for image, pair in zip(images, batch, strict=True)]
-    return torch.stack([to_input(image, size) for image in images]), infos
+EMPTY = "masks are empty"
+FULL = "masks have no background"
 
 
-def check_files(name: str, pairs: Pairs) -> int:
-    """Open every file's header and read every mask; warn of images (or maps) of more than 8 bits or not of their mask's
-    size, and of masks that say nothing. The number of empty masks."""
-    unequal, deep, empty, full = [], 0, 0, 0
-    for image_file, mask_file in progress(pairs, name, len(pairs)):
-        image = open_image(image_file)
-        deep += image.mode[0] in "FI"  # Pillow's modes of floats and of 16 and 32 bits
-        if mask_file is not None:
-            mask = read_mask(mask_file)
-            darkest, brightest = mask.getextrema()
-            empty += brightest == 0
-            full += darkest > 0
-            if image.size != mask.size:
-                a, b = image.size, mask.size
-                unequal.append(f"{image_file.name} ({a[0]} x {a[1]}, mask {b[0]} x {b[1]})")
-    text = f"{empty} of {len(pairs)} masks are empty, {full} have no background"
-    if len(pairs) in (empty, full):
-        raise InputError(f"{name}: {text}; check how {mask_file.parent} was made")
-    if empty or full:
-        warn(f"{name}: {text}")
-    if deep:
-        warn(f"{name}: {deep} of {len(pairs)} files have more than 8 bits, which are cut off at 255; save them with 8")
-    if unequal:
-        which = f"{len(unequal)} of {len(pairs)} files are not of their mask's size, such as {', '.join(unequal[:3])}"
-        warn(f"{name}: {which}; each is resized by itself")
-    return empty
+def inspect(pair: Pair) -> tuple[list[str], float, float]:
+    """What may be wrong with an image (or a map) and its mask; the mask's parts above 0 and 128."""
+    image_file, mask_file = pair
+    image = open_image(image_file)
+    found = []
+    if image.mode[0] in "FI":  # Pillow's modes of floats and of 16 and 32 bits
+        found.append("files have more than 8 bits, which are cut off at 255; save them with 8")
+    if mask_file is None:
+        return found, 0, 0
+    mask = read_mask(mask_file)
+    above_0 = np.mean(np.asarray(mask) > 0)
+    above_128 = np.mean(np.asarray(mask) > 128)
+    if above_0 == 0:
+        found.append(EMPTY)
+    if above_0 == 1:
+        found.append(FULL)
+    if image.size != mask.size:
+        found.append("files are not of their mask's size; each is resized by itself")
+    if orientation(image) != 1:
+        found.append("photos are turned by their EXIF, which is ignored beside a mask")
+    return found, above_0, above_128
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Score one
+def check_files(dataset: ImageSet, workers: int) -> None:
+    """Read the headers of a dataset's images and its masks, and warn of what may be wrong."""
+    name = dataset.name
+    total = len(dataset.pairs)
+    inspected = list(progress(in_threads(inspect, dataset.pairs, workers), name, total))
+    files = defaultdict(list)
+    for (image, _), (found, *_) in zip(dataset.pairs, inspected, strict=True):
+        for what in found:
+            files[what].append(image.name)
+    for what, names in files.items():
+        text = f"{name}: {len(names)} of {total} {what} (such as {names[0]})"
+        if what in (EMPTY, FULL) and len(names) == total:
+            raise InputError(f"{text}; check how {dataset.pairs[0][1].parent} was made")
+        warn(text)
+    _, above_0, above_128 = zip(*inspected, strict=True)
+    if sum(above_128) < 0.9 * sum(above_0):
+        worst = dataset.pairs[np.argmax(np.subtract(above_0, above_128))][1]
+        text = f"{np.mean(above_0):.2%} of the masks' pixels are above 0 (training, paper)"
+        warn(f"{name}: {text}, {np.mean(above_128):.2%} above 128 (full-size), see {worst}")
 
-balanced_error = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False)  # of tp, fp, tn, fn
+
+# -------------------------------------------------------------------------------------------------
+# Score one image, average a dataset
+
+# The metrics handle one-sided masks, but NumPy warns on the way.
+warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+balanced_error = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False)
 
 
-def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str) -> dict[str, float | np.ndarray]:
-    """prediction (H, W), floats in [0, 1] (paper) or uint8 (full-size), and mask (H, W) bool -> the image's metrics, by
-    `py_sod_metrics`, as values that add up over a dataset (see `average`).
+def score(
+    prediction: np.ndarray, mask: np.ndarray, task: str, protocol: str
+) -> dict[str, float | np.ndarray]:
+    """An image's metrics, by `py_sod_metrics`; curves over 256 thresholds as arrays (see `average`).
 
-    All but BER see the prediction stretched to [0, 1] first, as the field's toolboxes do: a map's offset and contrast
-    do not count, and MAE is no plain mean of |prediction - mask|. For BER it is cut at 125/255 as it is (source:
-    release); an image without shadow, or with nothing else, counts 50 at least. A metric that is nan, as S is where all
-    foreground lies in the last row, counts 0 (source: release).
+    All but BER see the prediction stretched to [0, 1] first, as in the field's toolboxes: a map's
+    offset and contrast do not count, and MAE is no plain mean of |prediction - mask|. For BER it is
+    cut at 125/255 as it is (source: release); an image without shadow, or with nothing else, counts
+    50 at least. A metric that is nan, as S is where all foreground lies in the last row, counts 0
+    (source: release).
+
+    Args:
+        prediction: (H, W), floats in [0, 1] (paper) or uint8 (full-size).
+        mask: (H, W) bool.
     """
-    grey = prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255  # the range step takes
+    grey = prediction  # in the range from 0 to 255
+    if prediction.dtype != np.uint8:
+        grey = prediction.astype(np.float64) * 255
+    truth = mask.astype(np.uint8) * 255
 
     def result_of(metric) -> dict:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # NumPy's, about nan
-            metric.step(grey, mask.astype(np.uint8) * 255)
-            return metric.get_results()
+        metric.step(grey, truth)
+        return metric.get_results()
 
-    row = {"images": 1, "S": result_of(py_sod_metrics.Smeasure())["sm"]}
-    if task == "shadow":
-        positive = np.count_nonzero(mask)
-        counts = py_sod_metrics.FmeasureV2.get_statistics(grey > 125, mask, positive, mask.size - positive)
-        row |= {"BER": 100 * balanced_error(**counts)} | counts
-    else:
-        e_curve = result_of(py_sod_metrics.Emeasure())["em"]["curve"]  # at 256 thresholds
-        row["E"] = e_curve * (mask.size > 1)  # PySODMetrics divides by the number of pixels less one
-        row["wF"] = result_of(py_sod_metrics.WeightedFmeasure(beta=0.3 if protocol == "paper" else 1))["wfm"]  # beta^2
-        row["MAE"] = result_of(py_sod_metrics.MAE())["mae"]
-        if protocol == "full-size":
-            handler = py_sod_metrics.FmeasureHandler(with_dynamic=True, with_adaptive=True, beta=0.3)
-            f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
-            row |= {"F": f_measure["dynamic"], "adpF": f_measure["adaptive"]}
+    with np.errstate(all="ignore"):
+        row = {"S": result_of(py_sod_metrics.Smeasure())["sm"]}
+        if task == "shadow":
+            positive = np.count_nonzero(mask)
+            negative = mask.size - positive
+            counts = py_sod_metrics.FmeasureV2.get_statistics(grey > 125, mask, positive, negative)
+            row["BER"] = 100 * balanced_error(**counts)
+            row |= counts  # tp, fp, tn, fn
+        else:
+            e_measure = result_of(py_sod_metrics.Emeasure())["em"]["curve"]
+            row["E"] = e_measure * (mask.size > 1)  # it divides by the number of pixels less one
+            beta_squared = 0.3 if protocol == "paper" else 1  # which `beta` is here
+            row["wF"] = result_of(py_sod_metrics.WeightedFmeasure(beta=beta_squared))["wfm"]
+            row["MAE"] = result_of(py_sod_metrics.MAE())["mae"]
+            if protocol == "full-size":
+                handler = py_sod_metrics.FmeasureHandler(
+                    with_dynamic=True, with_adaptive=True, beta=0.3
+                )
+                f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
+                row["F"] = f_measure["dynamic"]
+                row["adpF"] = f_measure["adaptive"]
     return {name: np.nan_to_num(value) for name, value in row.items()}
 
 
-def add(sums: dict, row: dict) -> dict:
-    """The sums of what `score` gave, with one more image (or another process's sums)."""
-    return {name: sums.get(name, 0) + value for name, value in row.items()} if row else sums
+def average(rows: list[dict], task: str, protocol: str) -> dict[str, float]:
+    """A dataset's metrics from its images' `score`.
 
-
-def average(sums: dict, task: str, protocol: str) -> dict[str, float]:
-    """A dataset's metrics from the sums over its images. E and meanF are the mean, maxE and maxF the largest value of
-    the images' mean curve over the thresholds; BER is in percent, the mean over images, BER_pooled over all pixels."""
-    mean = {name: total / sums["images"] for name, total in sums.items()}
+    E and meanF are the mean, maxE and maxF the largest value of the images' mean curve over the
+    thresholds. BER is in percent: the mean over images; BER_pooled is over all pixels.
+    """
+    total = {name: sum(row[name] for row in rows) for name in rows[0]}
+    mean = {name: value / len(rows) for name, value in total.items()}
     if task == "shadow":
         metrics = {"BER": mean["BER"]}
         if protocol == "full-size":
-            metrics["BER_pooled"] = 100 * balanced_error(**{name: sums[name] for name in ("tp", "fp", "tn", "fn")})
+            counts = {name: total[name] for name in ("tp", "fp", "tn", "fn")}
+            metrics["BER_pooled"] = 100 * balanced_error(**counts)
     else:
         metrics = {"S": mean["S"], "E": mean["E"].mean(), "wF": mean["wF"], "MAE": mean["MAE"]}
         if protocol == "full-size":
-            metrics |= {"maxF": mean["F"].max(), "adpF": mean["adpF"]}
-            metrics |= {"meanF": mean["F"].mean(), "maxE": mean["E"].max()}
+            metrics["maxF"] = mean["F"].max()
+            metrics["adpF"] = mean["adpF"]
+            metrics["meanF"] = mean["F"].mean()
+            metrics["maxE"] = mean["E"].max()
     return {name: float(value) for name, value in metrics.items()}
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# Score a dataset: image files -> network, in this process -> `finish`, in workers -> sums
+# -------------------------------------------------------------------------------------------------
+# Score a dataset: read_sample -> predict -> save_and_score -> average. Reading and scoring run in
+# threads, in which no PyTorch is called; the network runs in the main thread.
 
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def autocast(device: str, precision: str) -> torch.autocast:
     """What the network runs under; losses, FFT and metrics are float32 all the same."""
-    return torch.autocast(torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32")
+    return torch.autocast(
+        torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32"
+    )
+
+
+class Prediction(NamedTuple):
+    """What the network says about a sample."""
+
+    sample: Sample
+    to_score: np.ndarray | None  # at the mask's size: float32 in [0, 1] (paper) or uint8
+    to_save: np.ndarray | None  # uint8, at the image's size
 
 
 def to_map(logit: Tensor, size: tuple[int, int]) -> np.ndarray:
-    """Logit (1, S, S) as a map of `size` (height, width): bilinear, sigmoid, rounded to 8 bits; (H, W) uint8."""
+    """Logit (1, S, S) as a map of `size` (H, W): bilinear, sigmoid, rounded to 8 bits; (H, W) uint8."""
     full = F.interpolate(logit[None], size, mode="bilinear", align_corners=False)[0, 0]
-    return (full.sigmoid() * 255).round().byte().numpy()
+    return (full.sigmoid() * 255).round().byte().cpu().numpy()
 
 
-def finish(job: tuple, task: str, protocol: str, save: Path | None) -> dict:
-    """What follows the network for one image: write its map to `save`, and score it if it has a mask."""
-    logit, size, image_file, mask_file = job  # (1, S, S), the image's own (height, width), and two files
-    logit = torch.from_numpy(logit)
+@torch.inference_mode()
+def predict(
+    model: TSSAM, samples: Iterator[Sample], protocol: str, batch_size: int, save: bool
+) -> Iterator[Prediction]:
+    """Run the network over samples, in their order."""
+    model.eval()
+    device = next(model.parameters()).device
+    while batch := list(islice(samples, batch_size)):
+        logits = model(to_input([sample.pixels for sample in batch], device))
+        for sample, logit in zip(batch, logits, strict=True):
+            if not logit.isfinite().all():
+                text = "the network's output is not finite; its weights are broken"
+                raise InputError(f"{sample.image_file}: {text}")
+            to_score = None
+            if sample.mask is not None:
+                at_mask = protocol == "full-size"
+                to_score = (
+                    to_map(logit, sample.mask.shape)
+                    if at_mask
+                    else logit[0].sigmoid().cpu().numpy()
+                )
+            yield Prediction(sample, to_score, to_map(logit, sample.size) if save else None)
+
+
+def save_and_score(prediction: Prediction, task: str, protocol: str, save: Path | None) -> dict:
+    """Write an image's map to `save`, and score it; {} for an image without a mask."""
+    sample, to_score, to_save = prediction
     if save is not None:
-        grey = Image.fromarray(to_map(logit, size))
-        write(save / f"{image_file.stem}.png", lambda file: grey.save(file, "PNG"))
-    if mask_file is None:
+        grey = Image.fromarray(to_save)
+        write_atomically(
+            save / f"{sample.image_file.stem}.png", lambda file: grey.save(file, "PNG")
+        )
+    if sample.mask is None:
         return {}
+    return score(to_score, sample.mask, task, protocol)
+
+
+def evaluate(
+    model: TSSAM,
+    pairs: list[Pair],
+    task: str,
+    protocol: str,
+    batch_size: int,
+    workers: int,
+    save: Path | None = None,
+) -> Iterator[dict]:
+    """What `score` gives for each image. `save` is a folder for the maps, <image's stem>.png."""
+    read = partial(read_sample, size=model.config["image_size"], protocol=protocol)
+    finish = partial(save_and_score, task=task, protocol=protocol, save=save)
+    samples = in_threads(read, pairs, workers)
+    predictions = predict(model, samples, protocol, batch_size, save is not None)
+    rows = in_threads(finish, predictions, workers)
+    yield from progress(rows, "evaluate", len(pairs))
+
+
+def score_map(pair: tuple[Path, Path], task: str, scale: int = 1) -> dict:
+    """Score a saved map under the full-size protocol; one of another size is resized bilinearly.
+
+    Pixels count `scale` times: 255 for maps of 0 and 1.
+    """
+    map_file, mask_file = pair
+    grey = open_image(map_file, "L").point(lambda v: v * scale)
     mask = read_mask(mask_file)
-    if protocol == "paper":
-        return score(logit[0].sigmoid().numpy(), resize_mask(mask, logit.shape[-1]), task, protocol)
-    return score(to_map(logit, (mask.height, mask.width)), np.asarray(mask) > 128, task, protocol)
-
-
-def finish_map(job: tuple[Path, Path], task: str, scale: int = 1) -> dict:
-    """Score a saved map (map, mask file) under the full-size protocol; one of another size is resized bilinearly. What
-    the map's pixels are times `scale` counts: 255 for maps of 0 and 1."""
-    grey, mask = open_image(job[0], "L").point(lambda v: v * scale), read_mask(job[1])
     if grey.size != mask.size:
         grey = grey.resize(mask.size, Image.Resampling.BILINEAR)
     return score(np.asarray(grey), np.asarray(mask) > 128, task, "full-size")
 
 
-@torch.inference_mode()
-def predict(model: TSSAM, pairs: Pairs, batch_size: int, workers: int) -> Iterator[tuple]:
-    """The jobs of `finish`, in the order of the pairs."""
-    device, read = next(model.parameters()).device, partial(read_images, size=model.config["image_size"])
-    batches = DataLoader(pairs, batch_size, num_workers=workers, collate_fn=read, worker_init_fn=start_worker)
-    for images, infos in batches:
-        for logit, info in zip(model(images.to(device)).cpu(), infos, strict=True):
-            if not logit.isfinite().all():
-                raise InputError(f"{info[1]}: the network's output is not finite; its weights are broken")
-            yield logit.numpy(), *info
-
-
-def in_workers(work: Callable, jobs: Iterable, workers: int) -> Iterator:
-    """map(work, jobs), done in `workers` processes; `jobs` is drawn from in this thread, and never far ahead."""
-    if workers == 0:
-        yield from map(work, jobs)
-        return
-    # Not forked from this process, which may have used CUDA, but from a clean server that has done the slow imports.
-    context = multiprocessing.get_context("forkserver" if os.name == "posix" else None)
-    if os.name == "posix":
-        context.set_forkserver_preload(["torch", "segment_anything", "py_sod_metrics", "tqdm"])
-        os.environ.setdefault("PYTHONWARNINGS", "ignore:resource_tracker")  # it cleans up after a stop, silently
-        multiprocessing.resource_tracker.ensure_running()  # first, because it unblocks SIGINT
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})  # inherited: Ctrl-C does not end server or workers
-        multiprocessing.forkserver.ensure_running()
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGINT})
-    with ProcessPoolExecutor(workers, context, start_worker) as pool:
-        under_way = deque()
-        for job in jobs:
-            under_way.append(pool.submit(work, job))
-            if len(under_way) > 2 * workers:
-                yield under_way.popleft().result()
-        while under_way:
-            yield under_way.popleft().result()
-
-
-def evaluate(
-    model: TSSAM, pairs: Pairs, task: str, protocol: str, batch_size: int, workers: int, save: Path | None = None
-) -> Iterator[dict]:
-    """What `score` gives for each image, {} without a mask; the model runs in eval mode on its own device. As many
-    `workers` read images as score them. `save` is a folder for the maps, <image's stem>.png, of the image's size."""
-    model.eval()
-    jobs = predict(model, pairs, batch_size, workers)
-    results = in_workers(partial(finish, task=task, protocol=protocol, save=save), jobs, workers)
-    yield from progress(results, "evaluate", len(pairs))
-
-
-def score_maps(name: str, pairs: list[tuple[Path, Path]], task: str, workers: int) -> Iterator[dict]:
-    """What `score` gives for each saved map of a dataset; where none is brighter than 1, maps are of 0 and 1."""
-    brightest = max(open_image(file, "L").getextrema()[1] for file, _ in progress(pairs, name, len(pairs)))
+def score_maps(dataset: ImageSet, task: str, workers: int) -> Iterator[dict]:
+    """What `score` gives for each saved map. Where none is brighter than 1, maps are of 0 and 1."""
+    total = len(dataset.pairs)
+    levels = in_threads(
+        lambda pair: open_image(pair[0], "L").getextrema()[1], dataset.pairs, workers
+    )
+    brightest = max(progress(levels, dataset.name, total))
     if task == "shadow" and brightest != 1 and brightest <= 125:
-        warn(f"{name}: no map is brighter than {brightest} of 255; BER cuts them at 125, so all are black to it")
-    work = partial(finish_map, task=task, scale=255 if brightest == 1 else 1)
-    yield from progress(in_workers(work, pairs, workers), "evaluate", len(pairs))
+        text = f"no map is brighter than {brightest} of 255"
+        warn(f"{dataset.name}: {text}; BER cuts them at 125, so all are black to it")
+    work = partial(score_map, task=task, scale=255 if brightest == 1 else 1)
+    yield from progress(in_threads(work, dataset.pairs, workers), "evaluate", total)
 
 
-def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
-    """`items` under a progress bar, where stderr is a terminal; of torchrun's processes the first draws it."""
-    disable = None if os.environ.get("RANK", "0") == "0" else True
-    return tqdm(items, what, total, unit=unit, leave=False, disable=disable)
+# -------------------------------------------------------------------------------------------------
+# Tables and pictures
 
+METRICS = ("S", "E", "wF", "MAE", "maxF", "adpF", "meanF", "maxE", "BER", "BER_pooled")
+CSV_COLUMNS = ("model", "dataset", "images", "protocol", *METRICS, "precision")
 
-def save_overview(rows: list[tuple[str, Path, Path, Path]], path: Path) -> None:
-    """Draw a row `image | ground truth | prediction` for each (title, image, mask, map file) into one PNG; maps are
-    shown as they were saved, not stretched as for the metrics."""
-    height, gap, text = 160, 6, 20
-    panels = []
-    for _, image_file, mask_file, map_file in rows:
-        image = read_image(image_file, has_mask=True)
-        width = min(max(1, round(height * image.width / image.height)), 3 * height)
-        row = (image, read_mask(mask_file), open_image(map_file))
-        panels.append([panel.convert("RGB").resize((width, height)) for panel in row])
-    column = max(row[0].width for row in panels) + gap
-    sheet = Image.new("RGB", (3 * column + gap, text + len(rows) * (text + height + gap)), "white")
-    draw = ImageDraw.Draw(sheet)
-    for x, name in enumerate(("image", "ground truth", "prediction as saved")):
-        draw.text((gap + x * column, 2), name, fill="black", font_size=12)
-    for y, ((title, *_), row) in enumerate(zip(rows, panels, strict=True)):
-        top = text + y * (text + height + gap)
-        draw.text((gap, top + 2), title.encode("ascii", "replace").decode(), fill="black", font_size=12)
-        for x, panel in enumerate(row):
-            sheet.paste(panel, (gap + x * column, top + text))
-    write(path, lambda file: sheet.save(file, "PNG"))
-
-
-# ---------------------------------------------------------------------------------------------------------------------
-# Tables
-
-CSV_COLUMNS = ("model", "dataset", "images", "protocol", "S", "E", "wF", "MAE", "maxF", "adpF", "meanF", "maxE")
-CSV_COLUMNS += ("BER", "BER_pooled", "precision")
-
-# Tables I and II of the paper for TS-SAM_B and TS-SAM_H. Table III's numbers are not at hand.
-PUBLISHED = {
-    "CHAMELEON": (dict(S=0.912, E=0.947, wF=0.849, MAE=0.023), dict(S=0.942, E=0.966, wF=0.900, MAE=0.017)),
-    "CAMO": (dict(S=0.826, E=0.862, wF=0.753, MAE=0.073), dict(S=0.887, E=0.925, wF=0.830, MAE=0.047)),
-    "COD10K": (dict(S=0.863, E=0.909, wF=0.771, MAE=0.029), dict(S=0.914, E=0.950, wF=0.856, MAE=0.017)),
-    "NC4K": (dict(S=0.866, E=0.900, wF=0.799, MAE=0.045), dict(S=0.905, E=0.933, wF=0.860, MAE=0.032)),
-    "ISTD": (dict(BER=1.11), dict(BER=1.04)),
+# Tables I (S, E, wF, MAE) and II (BER) of the paper. Table III's numbers are not at hand.
+# fmt: off
+PUBLISHED = {  # dataset: number of images, TS-SAM_B, TS-SAM_H
+    "CHAMELEON": (76,   (0.912, 0.947, 0.849, 0.023), (0.942, 0.966, 0.900, 0.017)),
+    "CAMO":      (250,  (0.826, 0.862, 0.753, 0.073), (0.887, 0.925, 0.830, 0.047)),
+    "COD10K":    (2026, (0.863, 0.909, 0.771, 0.029), (0.914, 0.950, 0.856, 0.017)),
+    "NC4K":      (4121, (0.866, 0.900, 0.799, 0.045), (0.905, 0.933, 0.860, 0.032)),
+    "ISTD":      (540,  (1.11,), (1.04,)),
 }
+# fmt: on
 
 
 def plain_name(name: str) -> str:
-    """A dataset's name without what folders add to it: COD10K of COD10K-Test, cod10k_te or COD10K_Dataset."""
-    return re.sub(r"[-_](te|test|dataset|v\d)$", "", name, flags=re.IGNORECASE).upper()
+    """A dataset's name without what folders add: COD10K of COD10K-Test, cod10k_te or COD10K_Dataset."""
+    return re.sub(r"[-_](te|test|dataset)$", "", name, flags=re.IGNORECASE).upper()
 
 
-def show(metrics: dict[str, float], number: int = 4) -> dict[str, str]:
-    """Metrics as tables print them: BER with two decimals, the others with `number`."""
-    return {name: f"{value:.{2 if name.startswith('BER') else number}f}" for name, value in metrics.items()}
+def format_metrics(metrics: dict[str, float], digits: int = 4) -> dict[str, str]:
+    """Metrics as tables print them: BER with two digits, the others with `digits`."""
+    return {n: f"{value:.{2 if n.startswith('BER') else digits}f}" for n, value in metrics.items()}
 
 
-def print_rows(name: str, images: int, metrics: dict[str, float], header: bool, published: bool) -> None:
-    """Print a dataset's row of the table and, if `published` and the metrics are the paper's, the paper's rows."""
-    lines = [("dataset", "images", {column: column for column in metrics})] if header else []
-    lines.append((name, images, show(metrics)))
-    for model, row in zip(("TS-SAM_B", "TS-SAM_H"), PUBLISHED.get(plain_name(name), ()), strict=False):
-        if published and row.keys() == metrics.keys():
-            lines.append((f"  {model}, paper", "", show(row, 3)))
-    for first, second, cells in lines:
-        print(f"{first:<20}  {second:>6}" + "".join(f"  {cell:>{max(6, len(c))}}" for c, cell in cells.items()))
+def print_row(first: str, second: object, cells: dict[str, str]) -> None:
+    """Print a line of the table."""
+    text = "".join(f"  {cell:>{max(6, len(column))}}" for column, cell in cells.items())
+    say(f"{first:<20}  {second:>6}{text}")
 
 
-def read_csv(path: Path) -> list[dict]:
-    """The rows of a table that this script wrote; none where there is no file."""
-    lines = path.read_text("utf-8", "surrogateescape").splitlines() if path.exists() else [",".join(CSV_COLUMNS)]
-    rows = [*csv.DictReader(lines)]
-    if lines[:1] != [",".join(CSV_COLUMNS)] or any(None in row for row in rows):
-        raise InputError(f"--csv: {path} exists and is no table of this evaluate.py; name another file")
-    return rows
+def print_metrics(name: str, images: int, metrics: dict[str, float]) -> None:
+    """Print a dataset's row and, where images and columns are the paper's, the paper's rows."""
+    print_row(name, images, format_metrics(metrics))
+    published_images, *rows = PUBLISHED.get(plain_name(name), (0,))
+    for model, row in zip(("TS-SAM_B", "TS-SAM_H"), rows, strict=False):
+        if images == published_images and len(row) == len(metrics):
+            published = dict(zip(metrics, row, strict=True))
+            print_row(f"  {model}, paper", "", format_metrics(published, 3))
 
 
-def write_csv(rows: list[dict], columns: tuple[str, ...], path: Path) -> None:
-    """Write a table of `rows`, numbers in full precision, empty where a row has not all `columns`."""
-    text = io.StringIO()
-    table = csv.DictWriter(text, columns)
-    table.writeheader()
-    table.writerows(rows)
-    write(path, lambda file: file.write_bytes(text.getvalue().encode("utf-8", "surrogateescape")))
+def check_csv(path: Path) -> None:
+    """Refuse a file to which no row of this script can be appended."""
+    if path.exists():
+        content = path.read_text("utf-8", "surrogateescape")
+        if not content.startswith(",".join(CSV_COLUMNS) + "\n") or not content.endswith("\n"):
+            raise InputError(f"--csv: {path} is no table of this evaluate.py; pass another file")
 
 
-# ---------------------------------------------------------------------------------------------------------------------
-# What both scripts share: arguments, errors, workers, stopping
+def append_csv(path: Path, row: dict) -> None:
+    """Append a row to a table, numbers in full precision, and at first the header."""
+    with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        table = csv.DictWriter(file, CSV_COLUMNS)
+        if file.tell() == 0:
+            table.writeheader()
+        table.writerow(row)
+
+
+def draw_overview(rows: list[tuple], path: Path) -> None:
+    """Draw rows of (title, image, ground truth, prediction) into one PNG; nothing is stretched."""
+    box = (240, 160)
+    column = box[0] + 6
+    line = box[1] + 26
+    sheet = Image.new("RGB", (3 * column, 20 + len(rows) * line), "white")
+    draw = ImageDraw.Draw(sheet)
+    for x, name in enumerate(("image", "ground truth", "prediction as saved")):
+        draw.text((x * column + 3, 3), name, fill="black", font_size=12)
+    for y, (title, *panels) in enumerate(rows):
+        top = 20 + y * line
+        title = title.encode("ascii", "replace").decode()
+        draw.text((3, top + 3), title, fill="black", font_size=12)
+        for x, panel in enumerate(panels):
+            sheet.paste(ImageOps.contain(panel.convert("RGB"), box), (x * column + 3, top + 20))
+    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+
+
+# -------------------------------------------------------------------------------------------------
+# What both scripts share: threads, messages, options, errors, stopping
+
+RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and of processes
+WORLD = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+tqdm.set_lock(threading.RLock())  # its own is a lock between processes
+
+
+def in_threads(work: Callable, jobs: Iterable, threads: int) -> Iterator:
+    """map(work, jobs) in order, by a pool of threads (0: by this one), never far ahead.
+
+    `jobs` is consumed in this thread, so autocast and inference mode apply.
+    """
+    if threads == 0:
+        yield from map(work, jobs)
+        return
+    with ThreadPoolExecutor(threads) as pool:
+        pending = deque()
+        for job in jobs:
+            pending.append(pool.submit(work, job))
+            if len(pending) > 2 * threads:
+                yield pending.popleft().result()
+        while pending:
+            yield pending.popleft().result()
+
+
+def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
+    """`items` under a progress bar, where stderr is a terminal; torchrun's first process draws it."""
+    return tqdm(items, what, total, unit=unit, leave=False, disable=None if RANK == 0 else True)
+
+
+def say(text: object, file: TextIO | None = None) -> None:
+    """Print a line; of torchrun's processes the first does. A closed pipe or a full disk stops nothing."""
+    if RANK == 0:
+        with suppress(OSError):
+            print(text, file=file, flush=True)
+
+
+@cache
+def warn(text: str) -> None:
+    """Print a warning, once."""
+    say(f"warning: {text}", sys.stderr)
 
 
 class Parser(argparse.ArgumentParser):
-    """An ArgumentParser that shows a script's docstring as it is and whose errors are one line (exit code 2)."""
+    """Shows a script's docstring as it is; errors are one line, with exit code 2."""
 
     def __init__(self, doc: str) -> None:
-        super().__init__(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter, allow_abbrev=False)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def add_machine_arguments(parser: Parser) -> argparse._ArgumentGroup:
-    """The arguments both scripts have; returns their group."""
-    device, cores = "cuda" if torch.cuda.is_available() else "cpu", min(8, os.cpu_count() or 1)
+def number(least: float, kind: type = int) -> Callable[[str], float]:
+    """The type of an option that is a number."""
+
+    def number(text: str) -> float:
+        if not least <= kind(text) < 2**32:
+            raise ValueError
+        return kind(text)
+
+    return number
+
+
+def existing(text: str) -> Path:
+    """The type of an option that is a file or a folder."""
+    if not os.path.exists(text):
+        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
+    return Path(text)
+
+
+def add_machine_options(parser: Parser) -> argparse._ArgumentGroup:
+    """The options both scripts have; returns their group."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    cores = min(8, os.cpu_count() or 1)
     group = parser.add_argument_group("machine; these change no number by more than rounding")
-    text = f"processes that read images, and as many that score them; 0: none (here {cores})"
-    group.add_argument("--workers", type=int, default=cores, help=text)
-    group.add_argument("--device", default=device, help=f"cuda, cuda:1, cpu, ... (here {device})")
+    # fmt: off
+    group.add_argument("--workers", type=number(0),   default=cores, help=f"threads that read images, and as many that score them; 0: none (here {cores})")
+    group.add_argument("--device",  default=device,                  help=f"cuda, cuda:1, cpu, ... (here {device})")
+    # fmt: on
     return group
 
 
-def check_arguments(args: argparse.Namespace, above_zero: tuple[str, ...]) -> None:
-    """Check the numbers and the device. Each of torchrun's processes takes its own GPU and its share of the workers."""
-    for name in (*above_zero, "workers"):
-        value = getattr(args, name)
-        if not 0 <= value < float("inf") or value == 0 and name in above_zero:
-            raise InputError(f"--{name.replace('_', '-')}: {value} is not a number above zero")
+def check_device(args: argparse.Namespace) -> None:
+    """Try --device; each of torchrun's processes takes its own GPU and its share of the workers."""
     if "LOCAL_RANK" in os.environ:
-        args.workers //= int(os.environ["LOCAL_WORLD_SIZE"])
+        args.workers //= int(os.environ.get("LOCAL_WORLD_SIZE", 1))
         if args.device == "cuda":
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
     try:
+        if args.device.startswith("cuda:"):
+            torch.cuda.set_device(args.device)
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        raise InputError(f"--device: {args.device} cannot be used here ({one_line(error)}); try cpu") from error
+        text = f"{args.device} cannot be used here ({one_line(error)})"
+        raise InputError(f"--device: {text}; try cpu") from error
 
 
 def peak_memory(device: str) -> float:
-    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's (Windows: nan)."""
+    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
         import resource
-    except ImportError:
+    except ImportError:  # Windows
         return float("nan")
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
-def start_worker(*_) -> None:
-    """In a worker: the main process answers Ctrl-C and SIGTERM, and its end, whatever ends it, is the worker's too."""
-
-    def follow() -> None:
-        multiprocessing.parent_process().join()
-        os._exit(0)
-
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: os._exit(0))
-    threading.Thread(target=follow, daemon=True).start()
-    torch.set_num_threads(1)
-
-
-def kill_workers() -> None:
-    for process in multiprocessing.active_children():
-        if os.name == "posix":
-            signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch's handler takes a killed worker for a crash
-        process.kill()
+    unit = 2**20 if sys.platform == "darwin" else 2**10
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / unit
 
 
 def on_stop(message: Callable[[], str]) -> None:
-    """Have Ctrl-C and SIGTERM end this process at once: workers killed, one line, exit code 130. Sound because every
-    file is written whole or not at all."""
-    main_process = os.getpid()
+    """Have Ctrl-C and SIGTERM end the script at once: one line, exit code 130.
+
+    Sound because every file is written whole or not at all.
+    """
 
     def stop(*_) -> None:
-        if os.getpid() != main_process:
-            os._exit(0)  # a worker that was forked a moment ago
-        kill_workers()
-        server = multiprocessing.forkserver._forkserver._forkserver_pid
-        if server is not None:  # may be busy with its imports, and would end after them alone
-            os.kill(server, signal.SIGKILL)
-        if os.environ.get("RANK", "0") == "0":
+        if RANK == 0:
             start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
             os.write(2, f"{start}{Path(sys.argv[0]).name}: {message()}\n".encode())
         os._exit(130)
 
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
+    if threading.current_thread() is threading.main_thread():  # no other may
+        signal.signal(signal.SIGINT, stop)
+        signal.signal(signal.SIGTERM, stop)
 
 
 def run(main: Callable[[], None]) -> None:
-    """Run a script: what the user can mend is one line on stderr and exit code 2; anything else keeps its traceback."""
+    """Run a script. Errors the user can fix are one line and exit code 2; others keep their traceback."""
     on_stop(lambda: "stopped")
-    sys.stdout.reconfigure(errors="replace", line_buffering=True)
+    with suppress(AttributeError):  # a notebook's
+        sys.stdout.reconfigure(errors="replace")
     torch.backends.cudnn.allow_tf32 = False  # float32 is float32, also in convolutions
     try:
         main()
         return
     except InputError as error:
-        # One raised in a loader's worker arrives with that worker's traceback in front of its own line.
-        message = str(error).rsplit("InputError: ", 1)[-1].strip()
+        message = str(error)
     except OSError as error:
         if error.filename is None:
             raise
         message = f"{error.filename}: {error.strerror}"
-    except (torch.OutOfMemoryError, MemoryError) as error:
-        less = "--grad-checkpoint or --precision bf16 in training, or a lower --batch-size, --size or --sam"
-        message = f"too little memory ({one_line(error)}); try {less}"
-    finally:
-        kill_workers()
+    except (RuntimeError, MemoryError) as error:
+        if isinstance(error, RuntimeError) and "allocate" not in str(error):  # PyTorch's on a CPU
+            raise
+        message = (
+            f"too little memory ({one_line(error)}); try --grad-checkpoint, --accumulate or --precision"
+            " bf16 in training, or a lower --batch-size, --size or --sam"
+        )
+    if RANK > 0:
+        time.sleep(
+            3
+        )  # what all of torchrun's processes meet, the first says, and torchrun ends this one
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # The script
 
 
 def parse_arguments() -> argparse.Namespace:
     parser = Parser(__doc__)
-    group = parser.add_argument_group("what to score")
-    what = group.add_mutually_exclusive_group(required=True)
-    what.add_argument("--ckpt", nargs="+", metavar="FILE", help="checkpoints of train.py, or of the authors' code")
-    what.add_argument("--maps", type=Path, metavar="DIR", help="score saved maps, DIR/<dataset>/<image's stem>.png")
-    group.add_argument("--sam-checkpoint", metavar="FILE", help="SAM's weights (default: the file used in training)")
-    text = "datasets, folders above several, images without masks (default: what it was validated on)"
-    group.add_argument("--data", type=Path, nargs="+", metavar="DIR", help=text)
-    group = parser.add_argument_group("how to score it")
-    text = "see above (default paper; --maps: full-size; `original` is full-size too)"
-    group.add_argument("--protocol", choices=("paper", "full-size", "original"), help=text)
-    text = "of the network (default fp32, so that a table does not depend on the card)"
-    group.add_argument("--precision", choices=tuple(PRECISIONS), help=text)
-    text = "what --maps show (default sod): shadows are scored by BER"
-    group.add_argument("--task", choices=("sod", "cod", "shadow"), help=text)
-    group = parser.add_argument_group("what to write")
-    group.add_argument("--csv", type=Path, metavar="FILE", help="table to add the rows to, in full precision")
-    text = "new folder for 8-bit maps at each image's own size, <dataset>/<image's stem>.png, and overview pictures"
-    group.add_argument("--save", type=Path, metavar="DIR", help=text)
-    group = add_machine_arguments(parser)
-    group.add_argument("--batch-size", type=int, default=2, help="images at a time (default 2)")
-
+    what = parser.add_argument_group("what to score")
+    source = what.add_mutually_exclusive_group(required=True)
+    how = parser.add_argument_group("how to score it")
+    output = parser.add_argument_group("what to write")
+    machine = add_machine_options(parser)
+    # fmt: off
+    source.add_argument("--ckpt",         type=existing, nargs="+",             help="checkpoints of train.py, or of the authors' code")
+    source.add_argument("--maps",         type=existing,                        help="score saved maps, MAPS/<dataset>/<image's stem>.png")
+    what.add_argument("--sam-checkpoint", type=existing,                        help="SAM's weights (default: the file used in training)")
+    what.add_argument("--data",           type=existing, nargs="+",             help="datasets, folders above several, images without masks (default: what it was validated on)")
+    how.add_argument("--protocol",        choices=("paper", "full-size", "original"), help="see above (default paper; --maps: full-size; `original` is full-size too)")
+    how.add_argument("--precision",       choices=tuple(PRECISIONS),            help="of the network (default fp32, so that a table does not depend on the card)")
+    how.add_argument("--task",            choices=("sod", "cod", "shadow"),     help="what --maps show (default sod): salient or camouflaged objects, or shadows, scored by BER")
+    output.add_argument("--csv",          type=Path,                            help="table to append the rows to, in full precision")
+    output.add_argument("--save",         type=Path,                            help="new folder for 8-bit maps at each image's own size, <dataset>/<image's stem>.png, and overview pictures")
+    machine.add_argument("--batch-size",  type=number(1),   default=2,          help="images at a time (default 2)")
+    # fmt: on
     args = parser.parse_args()
-    check_arguments(args, ("batch_size",))
-    if args.protocol == "original":
-        args.protocol = "full-size"
-    for file in args.ckpt or ():
-        if not os.path.isfile(file):
-            raise InputError(f"{file}: no such file")
-    if args.ckpt is not None and args.save is not None and len(args.ckpt) > 1:
-        raise InputError("--save: takes the maps of one --ckpt; name the others one by one")
+    if WORLD > 1:
+        raise InputError("evaluate.py runs in one process; start it with python, not torchrun")
+    check_device(args)
     if args.maps is not None:
         if args.data is None:
-            raise InputError("--data: name the datasets that the maps belong to")
+            raise InputError("--data: pass the datasets that the maps belong to")
         if args.save or args.sam_checkpoint or args.precision or args.protocol == "paper":
             text = "--save, --sam-checkpoint, --precision and --protocol paper"
             raise InputError(f"--maps: goes without {text}; nothing is predicted")
-    elif args.task is not None:
-        raise InputError("--task: goes with --maps; a checkpoint knows its own")
-    args.precision = args.precision or "fp32"
-    args.protocol = args.protocol or ("paper" if args.maps is None else "full-size")
+        args.protocol = "full-size"
+        args.task = args.task or "sod"
+    else:
+        if args.task is not None:
+            raise InputError("--task: goes with --maps; a checkpoint knows its own")
+        if args.save is not None and len(args.ckpt) > 1:
+            raise InputError("--save: takes the maps of one --ckpt; run the others one by one")
+        args.protocol = "full-size" if args.protocol == "original" else args.protocol or "paper"
+        args.precision = args.precision or "fp32"
     if args.csv is not None:
-        read_csv(args.csv)  # which refuses another file
+        check_csv(args.csv)
     return args
 
 
-def find_maps(maps: Path, s: ImageSet) -> list[tuple[Path, Path]]:
-    """The (map, mask) files of a dataset: its maps lie in its folder under `maps` (DUTS-TE, or DUTS, in any case), or
-    in `maps` itself where that has no folders."""
-    folders = sorted(f for f in maps.iterdir() if f.is_dir())
-    known = [f for f in folders if f.name.lower() == s.name.lower()]
-    known = known or [f for f in folders if plain_name(f.name) == plain_name(s.name)] or ([] if folders else [maps])
-    if not known:
-        raise InputError(f"--maps: {maps} has no folder {s.name}, only {', '.join(f.name for f in folders)}")
-    map_of = image_files(known[0])
-    missing = [f"{image.stem}.png" for image, _ in s.pairs if image.stem not in map_of]
+def find_test_sets(roots: list[Path], args: argparse.Namespace) -> list[ImageSet]:
+    """The datasets to score; with --maps, their images are the maps."""
+    datasets = find_sets(
+        roots, TEST if roots == args.data else VALIDATION, need_masks=args.save is None
+    )
+    names = [s.name for s in datasets]
+    for i, s in enumerate(datasets):
+        if names.count(s.name) > 1:
+            text = f"another dataset is called {s.name} too; score them one at a time"
+            raise InputError(f"--data: {s.folder}: {text}")
+        if args.maps is not None:
+            datasets[i] = s = s._replace(pairs=find_maps(args.maps, s))
+        say(s)
+        check_files(s, args.workers)
+    return datasets
+
+
+def find_maps(maps: Path, dataset: ImageSet) -> list[Pair]:
+    """The (map, mask) files of a dataset.
+
+    Maps lie in its folder under `maps` (DUTS-TE, or DUTS, in any case), or in `maps` itself where
+    that has no folders.
+    """
+    folders = subfolders(maps)
+    fitting = [f for f in folders if plain_name(f.name) == plain_name(dataset.name)]
+    if not folders:
+        fitting = [maps]
+    if len(fitting) != 1:
+        found = f"{len(fitting)} folders that fit" if fitting else "no folder for"
+        there = ", ".join(f.name for f in fitting or folders)
+        raise InputError(f"--maps: {maps} has {found} {dataset.name}: {there}")
+    map_of = image_files(visible(fitting[0]))
+    missing = [f"{i.stem}.png" for i, _ in dataset.pairs if stem_of(i) not in map_of]
     if missing:
-        there = ", ".join(file.name for file in [*map_of.values()][:3]) or "no images"
-        text = f"{len(missing)} of {len(s.pairs)} maps are missing, such as {', '.join(missing[:3])}; there are {there}"
-        raise InputError(f"{known[0]}: {text}")
-    return [(map_of[image.stem], mask) for image, mask in s.pairs]
+        there = ", ".join(file.name for file in list(map_of.values())[:3]) or "no images"
+        text = f"{len(missing)} of {len(dataset.pairs)} maps are missing"
+        text += f", such as {', '.join(missing[:3])}; there are {there}"
+        raise InputError(f"--maps: {fitting[0]}: {text}")
+    return [(map_of[stem_of(image)], mask) for image, mask in dataset.pairs]
 
 
-def prepare_save(save: Path, ckpt: str) -> None:
-    """Make the folder of --save; one that holds anything else than this checkpoint's maps is refused."""
+def prepare_save(save: Path, ckpt: Path) -> None:
+    """Make the folder of --save; refuse one with other files than this checkpoint's maps."""
     source = save / "checkpoint.txt"
-    is_ours = source.is_file() and source.read_text().strip() == os.path.abspath(ckpt)
-    if save.exists() and not is_ours and any(save.iterdir()):
-        raise InputError(f"--save: {save} holds other files than maps of {ckpt}; name a new or an empty folder")
+    content = os.fsencode(os.path.abspath(ckpt)) + b"\n"
+    is_ours = source.is_file() and source.read_bytes() == content
+    if save.exists() and not is_ours and visible(save):
+        text = f"contains other files than maps of {ckpt}; pass a new or an empty folder"
+        raise InputError(f"--save: {save} {text}")
     save.mkdir(parents=True, exist_ok=True)
-    source.write_text(os.path.abspath(ckpt) + "\n")
+    source.write_bytes(content)
+
+
+Result = tuple[
+    Path, str, ImageSet, list[dict]
+]  # checkpoint or maps, task, dataset, `score` of each image
+
+
+def score_checkpoints(args: argparse.Namespace) -> Iterator[Result]:
+    """Predict and score each dataset with each checkpoint."""
+    datasets = find_test_sets(args.data or [], args)
+    for file in args.ckpt:
+        model, info = load_checkpoint(file, args.sam_checkpoint)
+        model.store_encoder(PRECISIONS[args.precision])
+        model.to(args.device)
+        task = info["task"]
+        say(f"{file}: {task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
+        if args.data is None:
+            if not info.get("val"):
+                text = "trained without a validation set; pass datasets with --data"
+                raise InputError(f"--ckpt: {file}: {text}")
+            datasets = find_test_sets([Path(folder) for folder in info["val"]], args)
+        if args.save is not None:
+            prepare_save(args.save, file)
+        for dataset in datasets:
+            folder = None
+            if args.save is not None:
+                folder = args.save / dataset.name
+                folder.mkdir(exist_ok=True)
+            with autocast(args.device, args.precision):
+                sizes = (args.batch_size, args.workers)
+                rows = list(evaluate(model, dataset.pairs, task, args.protocol, *sizes, folder))
+            yield file, task, dataset, rows
+
+
+def score_saved_maps(args: argparse.Namespace) -> Iterator[Result]:
+    """Score each dataset's maps."""
+    for dataset in find_test_sets(args.data, args):
+        rows = list(score_maps(dataset, args.task, args.workers))
+        yield args.maps, args.task, dataset, rows
+
+
+def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
+    """Draw a dataset's worst, median and best image by S-measure, with the maps in `save`."""
+    order = sorted(range(len(rows)), key=lambda i: rows[i]["S"])
+    shown = []
+    for which, i in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
+        image_file, mask_file = dataset.pairs[i]
+        title = f"{which}: {image_file.stem}, S {rows[i]['S']:.4f}"
+        prediction = open_image(save / dataset.name / f"{image_file.stem}.png")
+        shown.append((title, read_image(image_file, True), read_mask(mask_file), prediction))
+    draw_overview(shown, save / f"overview-{dataset.name}.png")
 
 
 def main() -> None:
     args = parse_arguments()
-    header, print_once = (), cache(print)
-    for source in args.ckpt or [args.maps]:
-        model, task, data = None, args.task or "sod", args.data
-        if args.maps is None:
-            model, info = load_checkpoint(source, args.sam_checkpoint)
-            model.store_encoder(PRECISIONS[args.precision])
-            model.to(args.device)
-            task, data = info["task"], data or [Path(folder) for folder in info.get("val", ())]
-            print(f"{source}: {task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
-            if not data:
-                raise InputError(f"{source}: trained without a validation set; name the data: --data")
-        sets = find_sets(data, "test")
-        for s in sets:
-            if [other.name for other in sets].count(s.name) > 1:
-                raise InputError(f"--data: {s.folder}: another dataset is called {s.name} too; name one at a time")
-            if s.pairs[0][1] is None and args.save is None:
-                raise InputError(
-                    f"{s.folder}: no masks to score by; --save DIR only predicts (looked for {MASK_FOLDERS})"
-                )
-            print_once(str(s))
-        pairs_of = {s.name: find_maps(args.maps, s) if args.maps else s.pairs for s in sets}
-        empty_masks = {name: check_files(name, pairs) for name, pairs in pairs_of.items()}
-        precision = "" if args.maps else args.precision
-        print_once(f"protocol: {args.protocol}; task: {task}" + (precision and f"; precision: {precision}"))
-        if args.save is not None:
-            prepare_save(args.save, source)
-
-        for s in sets:
-            pairs, sums, ranking, start = pairs_of[s.name], {}, [], time.monotonic()
-            folder = None if args.save is None else args.save / s.name if s.folder.is_dir() else args.save
-            if folder is not None:
-                folder.mkdir(exist_ok=True)
-            if args.maps is None:
-                rows = evaluate(model, pairs, task, args.protocol, args.batch_size, args.workers, folder)
-            else:
-                rows = score_maps(s.name, pairs, task, args.workers)
-            with autocast(args.device, args.precision):
-                for row, (image, mask) in zip(rows, s.pairs, strict=True):
-                    sums = add(sums, row)
-                    if mask is not None:
-                        ranking.append((row["S"], image, mask))
-            cost = f"{len(pairs) / (time.monotonic() - start):.2f} images/s, {peak_memory(args.device):.0f} MB"
-            if not sums:
-                print(f"{s.name}: no masks, so no metrics; {len(pairs)} predictions in {folder}; {cost}")
-                continue
-            metrics = average(sums, task, args.protocol)
-            print_rows(s.name, len(pairs), metrics, header != tuple(metrics), published=empty_masks[s.name] == 0)
-            header = tuple(metrics)
+    print(
+        f"protocol: {args.protocol}; {f'task: {args.task}' if args.maps else f'precision: {args.precision}'}"
+    )
+    results = score_saved_maps(args) if args.maps else score_checkpoints(args)
+    header = None
+    start = time.monotonic()
+    for source, task, dataset, rows in results:
+        cost = f"{len(rows) / (time.monotonic() - start):.2f} images/s, {peak_memory(args.device):.0f} MB"
+        if rows[0]:
+            metrics = average(rows, task, args.protocol)
+            if header != metrics.keys():
+                header = metrics.keys()
+                print_row("dataset", "images", {column: column for column in header})
+            print_metrics(dataset.name, len(rows), metrics)
             if args.csv is not None:
-                row = dict(model=source, dataset=s.name, images=len(pairs), protocol=args.protocol, precision=precision)
-                write_csv([*read_csv(args.csv), row | metrics], CSV_COLUMNS, args.csv)
-            if folder is not None:
-                ranking.sort()
-                shown = []
-                for which, place in (("worst", 0), ("median", len(ranking) // 2), ("best", -1)):
-                    s_measure, image, mask = ranking[place]
-                    title = f"{which}: {image.stem}, S {s_measure:.4f}"
-                    shown.append((title, image, mask, folder / f"{image.stem}.png"))
-                save_overview(shown, args.save / f"overview-{s.name}.png")
-                print(f"{s.name}: maps in {folder}, {cost}")
+                row = dict(model=source, dataset=dataset.name, images=len(rows))
+                row |= dict(protocol=args.protocol, precision=args.precision)
+                append_csv(args.csv, row | metrics)
+            if args.save is not None:
+                save_overview(dataset, rows, args.save)
+        if args.save is not None:
+            say(f"{dataset.name}: {len(rows)} maps in {args.save / dataset.name}, {cost}")
+        start = time.monotonic()
 
 
 if __name__ == "__main__":

@@ -1,28 +1,32 @@
 """TS-SAM: two-stream fine-tuning of the Segment Anything Model, in one file.
 
-Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2024). The classes follow its Section II:
+Paper: "TS-SAM: Fine-Tuning Segment-Anything Model for Downstream Tasks" (ICME 2024). The classes
+follow its Section II:
 
     CSA    Convolutional Side Adapter     Eq. 1-2     the side stream beside SAM's image encoder
     MRM    Multi-scale Refinement Module  Eq. 3-5     fine detail taken from the encoder's blocks
     FFD    Feature Fusion Decoder         Eq. 6-10    fuses the two streams into one mask
     TSSAM  the whole network              Fig. 2 (a)  taps the frozen encoder with forward hooks
 
-                                 MRM -------- MRM ----- ... ----- MRM --------- MRM ----> f_mrm --+
-                                  ^            ^                   ^             ^                |
-    images --> patches ------> block 0 ---> block 1 --> ... --> block L-1 ----> neck             FFD --> logits
-                  |       |      v ^          v ^                 v ^            v                |
-               F_csa^0 > CSA 0 - CSA 1 ------ CSA 2 --- ... ----- CSA L ------- CSA L+1 -> f_csa -+
+                              MRM ------- MRM ---- ... ---- MRM -------- MRM ---> f_mrm -+
+                               ^           ^                 ^            ^              |
+    images -> patches -----> block 0 --> block 1 -> ... -> block L-1 --> neck           FFD -> logits
+               |      |       v ^         v ^               v ^           v              |
+            F_csa^0 > CSA 0 - CSA 1 ----- CSA 2 -- ... ---- CSA L ------ CSA L+1 > f_csa +
 
-    Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H only the last 12 blocks).
-    Down: a CSA merges the output with f_csa, and the merged map comes back up (^) and replaces the block's output.
+    Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H only
+    the last 12 blocks). Down: a CSA merges the output with f_csa, and the merged map comes back up
+    (^) and replaces the block's output.
 
-Notation: C is the encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD (256 and 128 in the
-released code). S is the image's side in pixels (the paper's H and W), g = S/16 its side in patches. Feature maps are
-(B, channels, height, width); the encoder's patches and blocks have (B, g, g, C). "Source" says where a decision comes
-from: the paper, the release (the authors' code) where the paper is silent or differs, or ours.
+Notation: C is the encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD
+(256 and 128 in the released code). S is the image's side in pixels (the paper's H and W), g = S/16
+its side in patches. Feature maps are (B, channels, height, width); the encoder's patches and blocks
+have (B, g, g, C). "Source" says where a decision comes from: the paper, the release (the authors'
+code) where the paper is silent or differs, or ours.
 
-After the network comes what makes it fit into memory, then the files: SAM's published weights, the authors' released
-checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints what each part is and costs.
+After the network comes what makes it fit into memory, then the files: SAM's published weights, the
+authors' released checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints
+what each part is and costs.
 """
 
 import hashlib
@@ -33,6 +37,7 @@ from collections.abc import Callable, Iterable, Mapping
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -42,10 +47,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-# recompute(f, x) is f(x), but keeps none of f's intermediate maps for backward, which computes them again.
+# recompute(f, x) is f(x), but stores no intermediate activations; backward recomputes them.
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # II-B. Convolutional Side Adapter
 
 
@@ -70,23 +75,23 @@ class CSA(nn.Module):
 
     def __init__(self, width: int, csa_width: int) -> None:
         super().__init__()
-        self.up = conv1x1(csa_width, width)
-        self.down = conv1x1(width, csa_width)
+        self.expand = conv1x1(csa_width, width)
+        self.compress = conv1x1(width, csa_width)
 
     def forward(self, f_csa: Tensor, f_vit: Tensor) -> tuple[Tensor, Tensor]:
-        """f_csa (B, C1, g, g), f_vit (B, C, g, g) -> the next f_csa (B, C1, g, g), merged (B, C, g, g)."""
-        merged = f_vit + self.up(f_csa)  # Eq. 1
-        return self.down(merged), merged  # Eq. 2
+        """f_csa (B, C1, g, g), f_vit (B, C, g, g) -> next f_csa (B, C1, g, g), merged (B, C, g, g)."""
+        merged = f_vit + self.expand(f_csa)  # Eq. 1
+        return self.compress(merged), merged  # Eq. 2
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # II-C. Multi-scale Refinement Module
 
 
 def deconv2x(channels: int) -> nn.Sequential:
-    """One step of the paper's deconv: transposed convolution, batch norm, ReLU. (B, c, h, w) -> (B, c, 2h, 2w).
+    """One step of the paper's deconv: transposed convolution, batch norm, ReLU (source: release).
 
-    Source: release; the paper does not say what the module consists of.
+    (B, c, h, w) -> (B, c, 2h, 2w)
     """
     deconv = nn.ConvTranspose2d(channels, channels, kernel_size=2, stride=2)
     return nn.Sequential(deconv, nn.BatchNorm2d(channels), nn.ReLU(inplace=True))
@@ -95,8 +100,8 @@ def deconv2x(channels: int) -> nn.Sequential:
 class Gate(nn.Module):
     """Gating unit, Eq. 4: tanh(W2 relu(W1 F)) * F at every pixel. (B, C2, h, w) -> the same shape.
 
-    W1 and W2 are linear maps over the channels without bias, initialised from a truncated normal with standard
-    deviation 0.02 (source: release).
+    W1 and W2 are linear maps over the channels without bias, initialised from a truncated normal
+    with standard deviation 0.02 (source: release).
     """
 
     def __init__(self, channels: int) -> None:
@@ -107,15 +112,13 @@ class Gate(nn.Module):
         nn.init.trunc_normal_(self.w2.weight, std=0.02)
 
     def forward(self, f: Tensor) -> Tensor:
-        weight = torch.tanh(self.w2(F.relu(self.w1(f.movedim(1, -1)), inplace=True)))
+        hidden = F.relu(self.w1(f.movedim(1, -1)), inplace=True)
+        weight = torch.tanh(self.w2(hidden))
         return weight.movedim(-1, 1) * f
 
 
 class MRM(nn.Module):
-    """Multi-scale Refinement Module, Eq. 3-5 (source: paper), for the two scales k = 1 (S/4) and k = 2 (S/8).
-
-    k counts as in the release. The paper's II-D injects the S/8 map first and calls the finer one F^2, so its k seems
-    to count the other way round.
+    """Multi-scale Refinement Module, Eq. 3-5 (source: paper), for two scales: k = 1 is S/8, 2 is S/4.
 
     Args:
         width: C, channels of the encoder's map (of the neck's for the last MRM).
@@ -125,28 +128,36 @@ class MRM(nn.Module):
     def __init__(self, width: int, mrm_width: int) -> None:
         super().__init__()
         self.conv = conv1x1(width, mrm_width)
-        self.deconv1 = nn.Sequential(*deconv2x(mrm_width), *deconv2x(mrm_width))
-        self.deconv2 = deconv2x(mrm_width)
+        self.deconv1 = deconv2x(mrm_width)
+        self.deconv2 = nn.Sequential(*deconv2x(mrm_width), *deconv2x(mrm_width))
         self.gate1 = Gate(mrm_width)
         self.gate2 = Gate(mrm_width)
 
-    def forward(self, f_vit: Tensor, f_mrm1: Tensor | float, f_mrm2: Tensor | float) -> tuple[Tensor, Tensor]:
-        """f_vit (B, C, g, g), f_mrm1 (B, C2, 4g, 4g), f_mrm2 (B, C2, 2g, 2g), 0 in the first MRM -> the next two."""
+    def forward(
+        self, f_vit: Tensor, f_mrm1: Tensor | float, f_mrm2: Tensor | float
+    ) -> tuple[Tensor, Tensor]:
+        """f_vit (B, C, g, g), f_mrm1 (B, C2, 2g, 2g), f_mrm2 (B, C2, 4g, 4g) -> next f_mrm1, f_mrm2.
+
+        In the first MRM, f_mrm1 and f_mrm2 are 0.
+        """
         compressed = self.conv(f_vit)
-        f1, f2 = self.deconv1(compressed), self.deconv2(compressed)  # Eq. 3
-        # Backward computes the gates again: cheap to recompute, expensive to store at S/4 in 13 MRM (source: ours).
-        g1, g2 = recompute(self.gate1, f1), recompute(self.gate2, f2)  # Eq. 4
-        return g1 + f_mrm1, g2 + f_mrm2  # Eq. 5
+        f1 = self.deconv1(compressed)  # Eq. 3
+        f2 = self.deconv2(compressed)
+        # The gates are cheap to recompute and expensive to store at S/4 in 13 MRM (source: ours).
+        gated1 = recompute(self.gate1, f1)  # Eq. 4
+        gated2 = recompute(self.gate2, f2)
+        return gated1 + f_mrm1, gated2 + f_mrm2  # Eq. 5
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # II-D. Feature Fusion Decoder
 
 
 def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
     """The paper's conv_3x3: 3x3 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
 
-    Batch norm, ReLU, no bias, PyTorch's default initialisation (source: release; the paper names the convolution only).
+    The paper names the convolution only; batch norm, ReLU, no bias and PyTorch's default
+    initialisation come from the release.
     """
     conv = nn.Conv2d(c_in, c_out, 3, padding=1, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
@@ -155,8 +166,9 @@ def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
 class Injection(nn.Module):
     """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10 (source: paper).
 
-    Eq. 6 has a 3x3 convolution, as in the release, where the paper writes 1x1: only 3x3 gives the paper's 29.44 M
-    trained parameters. GAP and GMP pool over 2x2 windows, as the paper says too, despite their names ("global").
+    Eq. 6 has a 3x3 convolution, as in the release, where the paper writes 1x1: only 3x3 gives the
+    paper's 29.44 M trained parameters. GAP and GMP pool over 2x2 windows, as the paper says too,
+    despite their names ("global").
     """
 
     def __init__(self, mrm_width: int) -> None:
@@ -166,58 +178,78 @@ class Injection(nn.Module):
         self.stage2 = conv3x3(2 * mrm_width, mrm_width)
 
     def forward(self, x: Tensor, f_mrm: Tensor) -> Tensor:
-        """x (B, C2, h, w), the paper's F_in,csa, and f_mrm (B, C2, 2h, 2w) -> F_stage2,csa (B, C2, 2h, 2w)."""
+        """x (B, C2, h, w), the paper's F_in,csa; f_mrm (B, C2, 2h, 2w) -> F_stage2,csa, f_mrm's shape."""
         f_in = self.conv_mrm(f_mrm)  # Eq. 6
-        f_key = F.avg_pool2d(f_in, 2) + F.max_pool2d(f_in, 2)  # Eq. 7: the key features, (B, C2, h, w)
+        f_key = F.avg_pool2d(f_in, 2) + F.max_pool2d(
+            f_in, 2
+        )  # Eq. 7: the key features, (B, C2, h, w)
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
-        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)  # Eq. 9 (how: release)
+        # Eq. 9 (how: release)
+        x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
         return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself, not f_in
 
 
 class FFD(nn.Module):
-    """Feature Fusion Decoder, Fig. 3 (source: paper): injects F_mrm's S/8 map (k = 2), then the S/4 map (k = 1).
+    """Feature Fusion Decoder, Fig. 3 (source: paper): injects F_mrm^1 (S/8), then F_mrm^2 (S/4).
 
-    The first convolution is 3x3 (see `Injection`); the 1x1 convolution to one channel is the release's.
+    The first convolution is 3x3 (see `Injection`); the 1x1 convolution to one channel is the
+    release's.
     """
 
     def __init__(self, csa_width: int, mrm_width: int) -> None:
         super().__init__()
         self.conv_csa = conv3x3(csa_width, mrm_width)
-        self.inject2 = Injection(mrm_width)
         self.inject1 = Injection(mrm_width)
+        self.inject2 = Injection(mrm_width)
         self.head = nn.Conv2d(mrm_width, 1, 1)
 
     def forward(self, f_csa: Tensor, f_mrm1: Tensor, f_mrm2: Tensor) -> Tensor:
-        """f_csa (B, C1, g, g), f_mrm1 (B, C2, 4g, 4g), f_mrm2 (B, C2, 2g, 2g) -> logits (B, 1, 4g, 4g)."""
+        """f_csa (B, C1, g, g), f_mrm1 (B, C2, 2g, 2g), f_mrm2 (B, C2, 4g, 4g) -> logits (B, 1, 4g, 4g)."""
         x = self.conv_csa(f_csa)  # F_in,csa
-        x = self.inject2(x, f_mrm2)
         x = self.inject1(x, f_mrm1)
+        x = self.inject2(x, f_mrm2)
         return self.head(x)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # II-A. The two streams, which join the parts above
 
 PATCH = 16  # pixels on a side of the encoder's patches
 
-# SAM's encoders with the widths of the streams beside them; `tiny` is small enough to train on a CPU in minutes.
-_SAM = dict(window=14, neck=256, csa_width=256, mrm_width=128)
+
+class EncoderSpec(NamedTuple):
+    """One of SAM's image encoders, and the widths of the streams beside it."""
+
+    width: int  # C
+    depth: int  # L
+    heads: int
+    global_blocks: tuple[int, ...]  # the others attend within windows
+    window: int = 14
+    neck: int = 256
+    csa_width: int = 256  # C1
+    mrm_width: int = 128  # C2
+
+
 ENCODERS = {
-    "vit_b": dict(width=768, depth=12, heads=12, global_blocks=(2, 5, 8, 11), **_SAM),
-    "vit_l": dict(width=1024, depth=24, heads=16, global_blocks=(5, 11, 17, 23), **_SAM),
-    "vit_h": dict(width=1280, depth=32, heads=16, global_blocks=(7, 15, 23, 31), **_SAM),
-    "tiny": dict(width=64, depth=4, heads=4, global_blocks=(1, 3), window=7, neck=32, csa_width=32, mrm_width=16),
+    "vit_b": EncoderSpec(768, 12, 12, (2, 5, 8, 11)),
+    "vit_l": EncoderSpec(1024, 24, 16, (5, 11, 17, 23)),
+    "vit_h": EncoderSpec(1280, 32, 16, (7, 15, 23, 31)),
+    # Not SAM's: small enough to train on a CPU in minutes.
+    "tiny": EncoderSpec(64, 4, 4, (1, 3), window=7, neck=32, csa_width=32, mrm_width=16),
 }
+
+forward_lock = threading.Lock()
 
 
 class InputError(ValueError):
-    """Something the user gave is wrong. The message is one line: what is wrong, which file or flag, what to do."""
+    """Bad input from the user. One line: what is wrong, which file or flag, what to do."""
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Absolute value of the images' high frequencies, for shadows, III-A (details: release, after SAM-Adapter).
+    """Absolute value of the images' high frequencies, for shadows, III-A.
 
-    The middle square of the centred spectrum, S/2 wide, is set to zero. (B, 3, S, S) -> the same shape and dtype.
+    The middle square of the centred spectrum, S/2 wide, is set to zero (details: release, after
+    SAM-Adapter). (B, 3, S, S) -> the same shape and dtype.
     """
     size = images.shape[-1]
     low = slice(size // 2 - size // 4, size // 2 + size // 4)
@@ -227,27 +259,27 @@ def high_pass(images: Tensor) -> Tensor:
         return torch.fft.ifft2(torch.fft.ifftshift(spectrum, dim=(-2, -1))).real.abs()
 
 
-forward_lock = threading.Lock()
-
-
 class TSSAM(nn.Module):
-    """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams beside it, the FFD behind them.
+    """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams, the FFD behind them.
 
-    An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the neck) and one MRM
-    for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13 in TS-SAM_H (the counts are the
-    paper's; the places, and that the first and last CSA write nothing back, are the release's).
+    An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the
+    neck) and one MRM for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13
+    in TS-SAM_H. The counts are the paper's. Their places come from the release, as does that the
+    first and the last CSA write nothing back.
 
-    The encoder is `segment_anything`'s, and its parameters never get a gradient. But the merged map of Eq. 1 is what
-    the next block receives, so gradients flow through the frozen blocks: in training these cannot run under `no_grad`.
+    The encoder is `segment_anything`'s, and its parameters never get a gradient. But the merged map
+    of Eq. 1 is what the next block receives, so gradients flow through the frozen blocks: in
+    training these cannot run under `no_grad`.
 
     Args:
         sam: a name in `ENCODERS`.
         image_size: S, a multiple of 16.
         high_freq: add the high-frequency embedding to the side stream's input (shadow detection).
-        csa_blocks: encoder blocks with a CSA, counted from 0; None: all. The patches and the neck always have one.
+        csa_blocks: encoder blocks with a CSA, counted from 0; None: all. The patches and the neck
+            always have one.
         mrm_blocks: encoder blocks that feed an MRM; None: the last 12. The neck always does.
 
-    Set `grad_checkpoint` to True to train in less memory: backward computes the encoder's blocks again.
+    Set `grad_checkpoint` to True to train in less memory: backward recomputes the encoder's blocks.
     """
 
     def __init__(
@@ -262,84 +294,101 @@ class TSSAM(nn.Module):
         if sam not in ENCODERS:
             raise InputError(f"sam: no encoder is called {sam!r}; there are {', '.join(ENCODERS)}")
         if image_size <= 0 or image_size % PATCH:
-            raise InputError(f"image size: {image_size} is not a positive multiple of {PATCH}")
+            raise InputError(f"--size: {image_size} is not a positive multiple of {PATCH}")
         spec = ENCODERS[sam]
-        width, depth, csa_width, mrm_width = spec["width"], spec["depth"], spec["csa_width"], spec["mrm_width"]
-        csa_blocks = sorted(set(range(depth) if csa_blocks is None else csa_blocks))
-        mrm_blocks = sorted(set(range(depth)[-12:] if mrm_blocks is None else mrm_blocks))
+        blocks = range(spec.depth)
+        csa_blocks = sorted(set(blocks if csa_blocks is None else csa_blocks))
+        mrm_blocks = sorted(set(blocks[-12:] if mrm_blocks is None else mrm_blocks))
         for block in (*csa_blocks, *mrm_blocks):
-            if block not in range(depth):
-                raise InputError(f"blocks: {sam} has the blocks 0 to {depth - 1}, and no block {block}")
+            if block not in blocks:
+                raise InputError(
+                    f"{sam} has the blocks 0 to {spec.depth - 1}, and no block {block}"
+                )
         # The arguments that build this model again, as plain values for a checkpoint.
         self.config = dict(
-            sam=sam, image_size=image_size, high_freq=high_freq, csa_blocks=csa_blocks, mrm_blocks=mrm_blocks
+            sam=sam,
+            image_size=image_size,
+            high_freq=high_freq,
+            csa_blocks=csa_blocks,
+            mrm_blocks=mrm_blocks,
         )
         self.grad_checkpoint = False
 
         self.image_encoder = ImageEncoderViT(
             img_size=image_size,
             patch_size=PATCH,
-            embed_dim=width,
-            depth=depth,
-            num_heads=spec["heads"],
-            out_chans=spec["neck"],
+            embed_dim=spec.width,
+            depth=spec.depth,
+            num_heads=spec.heads,
+            out_chans=spec.neck,
             norm_layer=partial(nn.LayerNorm, eps=1e-6),
             use_rel_pos=True,
-            window_size=spec["window"],
-            global_attn_indexes=spec["global_blocks"],
+            window_size=spec.window,
+            global_attn_indexes=spec.global_blocks,
         ).requires_grad_(False)
         for block in self.image_encoder.blocks:  # the same numbers in less memory
             block.__class__ = EncoderBlock
             block.attn.__class__ = FusedAttention
 
-        self.csa_embedding = nn.Linear(width, csa_width)
-        self.high_freq_embedding = nn.Conv2d(3, csa_width, PATCH, stride=PATCH) if high_freq else None
-        self.csa = nn.ModuleList(CSA(width, csa_width) for _ in range(1 + len(csa_blocks)))
-        self.csa.append(CSA(spec["neck"], csa_width))
-        self.mrm = nn.ModuleList(MRM(width, mrm_width) for _ in mrm_blocks)
-        self.mrm.append(MRM(spec["neck"], mrm_width))
-        self.ffd = FFD(csa_width, mrm_width)
+        self.csa_embedding = nn.Linear(spec.width, spec.csa_width)
+        self.high_freq_embedding = None
+        if high_freq:
+            self.high_freq_embedding = nn.Conv2d(3, spec.csa_width, PATCH, stride=PATCH)
+        self.csa = nn.ModuleList(
+            CSA(spec.width, spec.csa_width) for _ in range(1 + len(csa_blocks))
+        )
+        self.csa.append(CSA(spec.neck, spec.csa_width))
+        self.mrm = nn.ModuleList(MRM(spec.width, spec.mrm_width) for _ in mrm_blocks)
+        self.mrm.append(MRM(spec.neck, spec.mrm_width))
+        self.ffd = FFD(spec.csa_width, spec.mrm_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, S, S), /255 and normalised with ImageNet's mean and std -> logits (B, 1, S, S)."""
+        """images (B, 3, S, S), /255, less ImageNet's mean, by its deviation -> logits (B, 1, S, S).
+
+        Logits are float32 under autocast, else of the model's dtype.
+        """
         size = self.config["image_size"]
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"images are {tuple(images.shape)}, not (batch, 3, {size}, {size})")
         encoder = self.image_encoder
         csa_of = dict(zip(self.config["csa_blocks"], self.csa[1:-1], strict=True))
         mrm_of = dict(zip(self.config["mrm_blocks"], self.mrm[:-1], strict=True))
-        f_csa, f_mrm = None, (0.0, 0.0)  # the two streams; each tap moves them on
+        f_csa = None  # the two streams, updated by each tap
+        f_mrm = (0.0, 0.0)
 
         def tap_patches(module: nn.Module, args: tuple, patches: Tensor) -> None:
-            """patches (B, g, g, C): F_csa^0, the side stream's first input; then CSA 0 merges patches + positions."""
+            """patches (B, g, g, C): embeds them as F_csa^0; CSA 0 merges patches + positions."""
             nonlocal f_csa
-            # The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the channels, so what is
-            # embedded is a fixed permutation, not a spatial map. A slip, it seems, but its checkpoints need it.
+            # The release reads the (B, g, g, C) numbers as (B, C, g, g) without moving the
+            # channels, so what is embedded is a fixed permutation, not a spatial map. A slip, it
+            # seems, but its checkpoints need it.
             batch, g, _, width = patches.shape
             shuffled = patches.reshape(batch, width, g, g).movedim(1, -1)
             f_csa = self.csa_embedding(shuffled).movedim(-1, 1).contiguous()
             if self.high_freq_embedding is not None:
                 f_csa = f_csa + self.high_freq_embedding(high_pass(images))
-            f_csa, _ = self.csa[0](f_csa, (patches + encoder.pos_embed).movedim(-1, 1))  # not written back
+            f_vit = (patches + encoder.pos_embed).movedim(-1, 1)
+            f_csa, _ = self.csa[0](f_csa, f_vit)  # not written back
 
         def tap_block(i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            """output (B, g, g, C) of block i: the MRM takes it as it is; the CSA merges it and that map replaces it."""
+            """output (B, g, g, C) of block i: the MRM reads it; the CSA merges it; the merged map
+            replaces the output."""
             nonlocal f_csa, f_mrm
             f_vit = output.movedim(-1, 1)
             if i in mrm_of:
                 f_mrm = mrm_of[i](f_vit, *f_mrm)
             if i in csa_of:
                 f_csa, merged = csa_of[i](f_csa, f_vit)
-                return merged.movedim(1, -1)  # what a forward hook returns replaces the module's output
+                return merged.movedim(1, -1)  # a forward hook's result replaces the output
 
         def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
-            """f_vit (B, 256, g, g; in `tiny` 32), the neck's output: the last MRM and the last CSA."""
+            """f_vit (B, 256, g, g; in `tiny` 32), the neck's output: the last MRM and CSA."""
             nonlocal f_csa, f_mrm
             f_mrm = self.mrm[-1](f_vit, *f_mrm)
             f_csa, _ = self.csa[-1](f_csa, f_vit)
 
-        # The hooks live for one forward pass: no activation outlives it, and a copied model taps its own encoder. One
-        # forward pass at a time, since threads that share a model would run each other's hooks.
+        # The hooks live for one forward pass: no activation outlives it, and a copied model taps
+        # its own encoder. One pass at a time: threads that share a model would run each other's.
         with forward_lock, ExitStack() as taps:
             taps.enter_context(encoder.patch_embed.register_forward_hook(tap_patches))
             for i, block in enumerate(encoder.blocks):
@@ -348,26 +397,31 @@ class TSSAM(nn.Module):
             taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
             encoder(images)
 
-        logits = self.ffd(f_csa, *f_mrm).float()
-        # From S/4 to S (source: release): in float32, and unlike Eq. 9's this upsampling does not align corners.
+        logits = self.ffd(f_csa, *f_mrm)
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        # From S/4 to S (source: release). Unlike Eq. 9's, this upsampling does not align corners.
         return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
     def store_encoder(self, dtype: torch.dtype) -> None:
-        """Store the encoder's matrices and convolutions in the `dtype` of the autocast that the model will run in.
+        """Store the encoder's matrices and convolutions in the `dtype` of the coming autocast.
 
-        Autocast would cast them in every step, and autograd would keep the copies until backward. No number changes.
+        Autocast would cast them in every step, and autograd would keep the copies until backward.
+        No number changes.
         """
         for module in self.image_encoder.modules():
             if isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.to(dtype)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # How it fits into memory (source: ours; no number changes by more than rounding)
 
 
 class EncoderBlock(Block):
-    """SAM's block, which can be recomputed in backward. The taps are outside, so their batch norms see a batch once."""
+    """SAM's block, which backward can recompute.
+
+    The taps are outside, so their batch norms see each batch once.
+    """
 
     grad_checkpoint = False
 
@@ -377,15 +431,15 @@ class EncoderBlock(Block):
 
 
 class FusedAttention(Attention):
-    """SAM's attention, computed for a few rows of queries at a time (source: ours).
+    """SAM's attention, computed for a few rows of queries at a time.
 
-    SAM computes softmax(q k^T / sqrt(d) + rel_h[..., :, None] + rel_w[..., None, :]) v: a bias for the rows and one
-    for the columns between a query and a key. All N x N scores of a head (N = 4096 at 1024 x 1024) would be most of
-    the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a few rows of queries as its mask: of one
-    row at 1024 x 1024, of a whole window. Backward recomputes each piece, so that only one is ever held.
+    SAM computes softmax(q k^T / sqrt(d) + rel_h + rel_w) v, a bias for the rows and one for the
+    columns between query and key. All N x N scores of a head (N = 4096 at 1024 x 1024) would be most
+    of the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a few rows of
+    queries as its mask (one row at 1024 x 1024, a whole window), and backward recomputes each piece.
     """
 
-    SCORES = 2**18  # of one head at a time; with 2**20 and more a CPU's cache no longer holds them
+    SCORES = 2**18  # of one head at a time; from 2**20 on they no longer fit a CPU's cache
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, h, w, C) -> the same shape."""
@@ -394,7 +448,7 @@ class FusedAttention(Attention):
         q, k, v = qkv.permute(3, 0, 4, 1, 2, 5).unbind(0)  # each (B, heads, h, w, d)
         k = k.flatten(2, 3)
         v = v.flatten(2, 3)
-        with x.device:  # get_rel_pos makes its index there, and no copy from the CPU stalls a GPU
+        with x.device:  # get_rel_pos makes its index there; one on the CPU would stall a GPU
             table_h = get_rel_pos(h, h, self.rel_pos_h)  # (h, h, d)
             table_w = get_rel_pos(w, w, self.rel_pos_w)  # (w, w, d)
         rows = max(1, self.SCORES // (w * h * w))
@@ -405,22 +459,31 @@ class FusedAttention(Attention):
         return self.proj(torch.cat(pieces, dim=2).permute(0, 2, 3, 1, 4).flatten(3))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
-        """Rows of queries q (B, heads, r, w, d), all keys and values (B, heads, N, d) -> (B, heads, r, w, d)."""
+        """r rows of queries q (B, heads, r, w, d), all k and v (B, heads, N, d) -> the shape of q."""
         rel_h = torch.einsum("bnrwd,rkd->bnrwk", q, table_h)  # (B, heads, r, w, h)
         rel_w = torch.einsum("bnrwd,wkd->bnrwk", q, table_w)  # (B, heads, r, w, w)
         bias = rel_h[..., :, None] + rel_w[..., None, :]  # (B, heads, r, w, h, w)
-        out = F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias.flatten(4).flatten(2, 3))
-        return out.view_as(q)
+        bias = bias.flatten(4).flatten(2, 3)  # (B, heads, r * w, N)
+        return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias).view_as(q)
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # Files: SAM's published weights, the authors' checkpoints, ours
 
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {  # published file, sha256
-    "vit_b": ("sam_vit_b_01ec64.pth", "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912"),
-    "vit_l": ("sam_vit_l_0b3195.pth", "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622"),
-    "vit_h": ("sam_vit_h_4b8939.pth", "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e"),
+    "vit_b": (
+        "sam_vit_b_01ec64.pth",
+        "ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
+    ),
+    "vit_l": (
+        "sam_vit_l_0b3195.pth",
+        "3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
+    ),
+    "vit_h": (
+        "sam_vit_h_4b8939.pth",
+        "a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
+    ),
 }
 
 
@@ -432,7 +495,7 @@ def build_tssam(
     csa_blocks: Iterable[int] | None = None,
     mrm_blocks: Iterable[int] | None = None,
 ) -> TSSAM:
-    """A `TSSAM` in training mode, its encoder filled from SAM's published weights if `sam_checkpoint` names them."""
+    """A `TSSAM` in training mode; SAM's published weights fill its encoder if a file is given."""
     model = TSSAM(sam, image_size, high_freq, csa_blocks, mrm_blocks)
     if sam_checkpoint is not None:
         load_sam(model, sam_checkpoint)
@@ -440,9 +503,10 @@ def build_tssam(
 
 
 def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
-    """Path of SAM's published weights in `folder`, downloaded there (sha256 checked) if it has none."""
+    """Path of SAM's published weights in `folder`, downloaded if missing (sha256 checked)."""
     if sam not in SAM_FILES:
-        raise InputError(f"{sam}: no weights are published for it; name a file with --sam-checkpoint, or `random`")
+        text = "no weights are published for it; pass a file, or `random`, with --sam-checkpoint"
+        raise InputError(f"{sam}: {text}")
     name, sha256 = SAM_FILES[sam]
     path = Path(folder) / name
     if not path.exists():
@@ -451,172 +515,243 @@ def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
         try:
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
-            where = f"get {SAM_URL}{name} and put it at {path}, or name the file with --sam-checkpoint"
-            raise InputError(f"SAM's weights could not be downloaded ({one_line(error)}): {where}") from error
+            raise InputError(
+                f"SAM's weights could not be downloaded ({one_line(error)}): get {SAM_URL}{name} and"
+                f" put it at {path}, or pass the file with --sam-checkpoint"
+            ) from error
     return path
 
 
 def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
-    """Fill the encoder from SAM's published weights, resampled where the model's image size is not SAM's 1024.
+    """Fill the encoder from SAM's published weights, made for images of 1024 x 1024.
 
-    The position embedding is resampled bicubically with antialiasing (ours), the relative positions of the global
-    blocks linearly, as SAM's `get_rel_pos` does at run time.
+    For other sizes the position embedding is resampled bicubically with antialiasing (ours), the
+    relative positions of the global blocks linearly, as SAM's `get_rel_pos` does at run time.
     """
-    content, sam, prefix = load_file(path), model.config["sam"], "image_encoder."
-    if (holds := encoder_name(content, path)) != sam:
-        raise InputError(f"{path}: holds {holds}, not {sam}: --sam {holds}, or another --sam-checkpoint")
-    state = {name.removeprefix(prefix): t for name, t in content.items() if name.startswith(prefix)}
+    content = load_file(path)
+    sam = encoder_name(content, path)
+    wanted = model.config["sam"]
+    if sam != wanted:
+        text = f"contains the {sam} encoder, not {wanted}"
+        raise InputError(f"{path}: {text}; pass --sam {sam} or another --sam-checkpoint")
+    state = encoder_part(content)
     for name, ours in model.image_encoder.named_parameters():
         theirs = state.get(name, ours)
         if name == "pos_embed" and theirs.shape != ours.shape:
-            grid = F.interpolate(theirs.movedim(-1, 1).float(), ours.shape[1:3], mode="bicubic", antialias=True)
+            grid = theirs.movedim(-1, 1).float()
+            grid = F.interpolate(grid, ours.shape[1:3], mode="bicubic", antialias=True)
             state[name] = grid.movedim(1, -1)
         elif "rel_pos" in name and len(theirs) != len(ours):
-            state[name] = F.interpolate(theirs.T[None].float(), len(ours), mode="linear")[0].T
-    load_strictly(model.image_encoder, state, f"{path}, as SAM's {sam} encoder")
+            table = F.interpolate(theirs.T[None].float(), len(ours), mode="linear")
+            state[name] = table[0].T
+    copy_tensors(state, model.image_encoder.state_dict(), f"{path}, as SAM's {sam} encoder")
 
 
 def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
     """Which of `ENCODERS` is in a file's state dict."""
     if "image_encoder.pos_embed" not in state:
-        raise InputError(f"{path}: holds no encoder of SAM's; its tensors are {', '.join([*state][:3])}, ...")
+        names = ", ".join(list(state)[:3])
+        raise InputError(f"{path}: contains no SAM encoder; its tensors are {names}, ...")
     width = state["image_encoder.pos_embed"].shape[-1]
     for sam, spec in ENCODERS.items():
-        if spec["width"] == width:
+        if spec.width == width:
             return sam
-    raise InputError(f"{path}: holds an encoder {width} wide, which is none of {', '.join(ENCODERS)}")
+    raise InputError(f"{path}: its encoder is {width} wide, which is none of {', '.join(ENCODERS)}")
 
 
-# Our names -> the names of the authors' checkpoints, which are one flat state dict, SAM's encoder and all.
+def encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The frozen encoder's tensors in a state dict, under the encoder's own names."""
+    prefix = "image_encoder."
+    return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
+
+
+def trained_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The other tensors in a state dict."""
+    return {n: t for n, t in state.items() if not n.startswith("image_encoder.")}
+
+
+# Our names -> the names in the authors' checkpoints, flat state dicts with SAM's encoder and all.
+# The release numbers the scales the other way round: its fpn1 is S/4 (k = 2), its fpn2 S/8 (k = 1).
 RELEASED_NAMES = [
     (r"^csa_embedding", r"image_encoder.csa_embedding"),
     (r"^high_freq_embedding", r"image_encoder.fft_embedding.proj"),
-    (r"^csa\.(\d+)\.up\.0", r"image_encoder.csa_blocks.\1.conv1"),
-    (r"^csa\.(\d+)\.up\.1", r"image_encoder.csa_blocks.\1.bn1"),
-    (r"^csa\.(\d+)\.down\.0", r"image_encoder.csa_blocks.\1.conv2"),
-    (r"^csa\.(\d+)\.down\.1", r"image_encoder.csa_blocks.\1.bn2"),
+    (r"^csa\.(\d+)\.expand\.0", r"image_encoder.csa_blocks.\1.conv1"),
+    (r"^csa\.(\d+)\.expand\.1", r"image_encoder.csa_blocks.\1.bn1"),
+    (r"^csa\.(\d+)\.compress\.0", r"image_encoder.csa_blocks.\1.conv2"),
+    (r"^csa\.(\d+)\.compress\.1", r"image_encoder.csa_blocks.\1.bn2"),
     (r"^mrm\.(\d+)\.conv", r"image_encoder.mrm_blocks.\1.conv_in"),
-    (r"^mrm\.(\d+)\.deconv", r"image_encoder.mrm_blocks.\1.fpn"),
-    (r"^mrm\.(\d+)\.gate1\.w1", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.0"),
-    (r"^mrm\.(\d+)\.gate1\.w2", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.2"),
-    (r"^mrm\.(\d+)\.gate2\.w1", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.0"),
-    (r"^mrm\.(\d+)\.gate2\.w2", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.2"),
+    (r"^mrm\.(\d+)\.deconv1", r"image_encoder.mrm_blocks.\1.fpn2"),
+    (r"^mrm\.(\d+)\.gate1\.w1", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.0"),
+    (r"^mrm\.(\d+)\.gate1\.w2", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.2"),
+    (r"^mrm\.(\d+)\.deconv2", r"image_encoder.mrm_blocks.\1.fpn1"),
+    (r"^mrm\.(\d+)\.gate2\.w1", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.0"),
+    (r"^mrm\.(\d+)\.gate2\.w2", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.2"),
     (r"^ffd\.conv_csa", r"mask_decoder.conv1"),
-    (r"^ffd\.inject2\.conv_mrm", r"mask_decoder.conv2"),
-    (r"^ffd\.inject1\.conv_mrm", r"mask_decoder.conv4"),
-    (r"^ffd\.inject2\.stage", r"mask_decoder.conv12_"),
-    (r"^ffd\.inject1\.stage", r"mask_decoder.conv24_"),
+    (r"^ffd\.inject1\.conv_mrm", r"mask_decoder.conv2"),
+    (r"^ffd\.inject1\.stage", r"mask_decoder.conv12_"),
+    (r"^ffd\.inject2\.conv_mrm", r"mask_decoder.conv4"),
+    (r"^ffd\.inject2\.stage", r"mask_decoder.conv24_"),
     (r"^ffd\.head", r"mask_decoder.conv1_1"),
 ]
 
 
 def released_name(name: str) -> str:
-    """The authors' name of one of our tensors: `csa.0.up.0.weight` -> `image_encoder.csa_blocks.0.conv1.weight`."""
+    """The authors' name of one of our tensors: ffd.head.bias -> mask_decoder.conv1_1.bias."""
     for pattern, replacement in RELEASED_NAMES:
         name = re.sub(pattern, replacement, name)
     return name
 
 
-def load_released(model: TSSAM, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]) -> None:
+def load_released(
+    model: TSSAM, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
+) -> None:
     """Fill a model, encoder and all, from a checkpoint of the authors' code."""
     in_memory = isinstance(path_or_state_dict, Mapping)
     state = path_or_state_dict if in_memory else load_file(path_or_state_dict)
-    load_strictly(model, state, "released state dict" if in_memory else str(path_or_state_dict), released_name)
+    where = "released state dict" if in_memory else str(path_or_state_dict)
+    targets = {released_name(name): tensor for name, tensor in model.state_dict().items()}
+    copy_tensors(state, targets, where)
 
 
-def fingerprint(model: TSSAM) -> str:
-    """sha256 of the frozen encoder's weights: a trained part works with no other encoder.
+def fingerprint(encoder: Mapping[str, Tensor]) -> str:
+    """sha256 of an encoder's state dict: a trained part works with no other encoder.
 
-    Positions are left out, because their last bits after resampling may differ from machine to machine.
+    Positions are left out, because their last bits after resampling may differ between machines.
     """
     digest = hashlib.sha256()
-    for name, tensor in model.image_encoder.state_dict().items():
+    for name in sorted(encoder):
         if "pos" not in name:
             digest.update(name.encode())
-            digest.update(tensor.cpu().contiguous().numpy())
+            digest.update(encoder[name].cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
-def save_checkpoint(path: str | os.PathLike, model: TSSAM, *, task: str, encoder: dict, **info) -> None:
-    """Write the trained part of a model, what it takes to build it again, and more plain values (`info`).
+def save_checkpoint(
+    path: str | os.PathLike, model: TSSAM, *, task: str, encoder: dict, **info
+) -> None:
+    """Write a model's trained part, what it takes to build it again, and more plain values (`info`).
 
-    `encoder` holds the encoder's `fingerprint` as it was loaded, `sam_checkpoint` (the path of SAM's weights) and
-    `random`: None, or a random encoder's state dict, which no file holds. `task` is sod, cod or shadow.
+    `encoder` holds the encoder's `fingerprint` as it was loaded, `sam_checkpoint` (the path of
+    SAM's weights) and `stored`: None, or the state dict of a random encoder, which no file
+    contains. `task` is sod, cod or shadow.
     """
-    trained = {name: t.cpu() for name, t in model.state_dict().items() if not name.startswith("image_encoder.")}
+    trained = {name: t.cpu() for name, t in trained_part(model.state_dict()).items()}
     content = dict(config=model.config, trained=trained, task=task, encoder=encoder, **info)
-    write(Path(path), lambda file: torch.save(content, file))
+    write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
-def load_checkpoint(path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None) -> tuple[TSSAM, dict]:
-    """The model of a file that `save_checkpoint` or the authors' code wrote, on the CPU and in training mode, and what
-    else the file holds: `task`, `encoder`, train.py's values; of the authors' `task` alone, "shadow" or "sod or cod".
-
-    SAM's weights come from `sam_checkpoint`, else from the file used in training if it is still there, else from
-    `sam_weights`; an authors' checkpoint holds them itself.
-    """
+def read_checkpoint(path: str | os.PathLike) -> dict:
+    """What `save_checkpoint` wrote to a file; an authors' checkpoint is put into the same form."""
     content = load_file(path)
-    if "image_encoder.csa_embedding.weight" in content:  # the authors'
-        high_freq = "image_encoder.fft_embedding.proj.weight" in content
-        sam, grid = encoder_name(content, path), content["image_encoder.pos_embed"].shape[1]
-        model = TSSAM(sam, grid * PATCH, high_freq)
-        load_strictly(model, content, str(path), released_name)
-        return model, {"task": "shadow" if high_freq else "sod or cod"}
-    if not {"config", "trained", "task", "encoder"} <= content.keys():
-        holds = f"it holds {', '.join([*content][:3])}, ..."
-        what = "neither a checkpoint of train.py nor one of the authors' code (SAM's weights alone: --sam-checkpoint)"
-        raise InputError(f"{path}: {what}; {holds}")
-    model, encoder = TSSAM(**content.pop("config")), content["encoder"]
-    source = sam_checkpoint or encoder["sam_checkpoint"]
-    if encoder["random"] is not None and sam_checkpoint is None:
-        load_strictly(model.image_encoder, encoder["random"], str(path))
+    if {"config", "trained", "task", "encoder"} <= content.keys():
+        return content
+    if "image_encoder.csa_embedding.weight" not in content:
+        raise InputError(
+            f"{path}: neither a checkpoint of train.py nor one of the authors' code (pass SAM's weights"
+            f" alone with --sam-checkpoint); it contains {', '.join(list(content)[:3])}, ..."
+        )
+    high_freq = "image_encoder.fft_embedding.proj.weight" in content
+    image_size = content["image_encoder.pos_embed"].shape[1] * PATCH
+    config = dict(sam=encoder_name(content, path), image_size=image_size, high_freq=high_freq)
+    with torch.device("meta"):  # for its names alone
+        our_names = {released_name(name): name for name in TSSAM(**config).state_dict()}
+    state = {our_names.get(name, name): tensor for name, tensor in content.items()}
+    encoder = encoder_part(state)
+    return dict(
+        config=config,
+        trained=trained_part(state),
+        task="shadow" if high_freq else "sod or cod",
+        encoder=dict(fingerprint=fingerprint(encoder), sam_checkpoint=None, stored=encoder),
+    )
+
+
+def load_checkpoint(
+    path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None
+) -> tuple[TSSAM, dict]:
+    """The model of a checkpoint, ours or the authors', on the CPU in eval mode; what else it contains.
+
+    That is `task`, `encoder` and what train.py stored; of an authors' checkpoint `task` ("shadow" or
+    "sod or cod") and `encoder`. SAM's weights come from `sam_checkpoint`, else from the file used in
+    training if it is still there, else from `sam_weights`; an authors' checkpoint contains them.
+    """
+    content = read_checkpoint(path)
+    model = TSSAM(**content.pop("config"))
+    encoder = content["encoder"]
+    if encoder["stored"] is not None and sam_checkpoint is None:
+        copy_tensors(encoder["stored"], model.image_encoder.state_dict(), f"{path}, its encoder")
     else:
+        source = sam_checkpoint or encoder["sam_checkpoint"]
         if sam_checkpoint is None and not os.path.exists(source):
             source = sam_weights(model.config["sam"])
         load_sam(model, source)
-    if fingerprint(model) != encoder["fingerprint"]:
-        raise InputError(f"{path}: trained on another encoder than {source}; name the right one: --sam-checkpoint")
-    # The encoder's own tensors go in beside the stored ones, so that anything else missing or surplus is an error.
-    own = {name: t for name, t in model.state_dict().items() if name.startswith("image_encoder.")}
-    load_strictly(model, own | content.pop("trained"), str(path))
-    return model, content
+        if fingerprint(model.image_encoder.state_dict()) != encoder["fingerprint"]:
+            text = f"trained on another encoder than {source}"
+            raise InputError(f"{path}: {text}; pass the right file with --sam-checkpoint")
+    copy_tensors(content.pop("trained"), trained_part(model.state_dict()), str(path))
+    return model.eval(), content
+
+
+def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
+    """Fill a model's trained part from a checkpoint, ours or the authors', of the same encoder.
+
+    The image size may differ.
+    """
+    content = read_checkpoint(path)
+    if content["encoder"]["fingerprint"] != fingerprint(model.image_encoder.state_dict()):
+        text = "trained on another encoder; pass the right file with --sam-checkpoint"
+        raise InputError(f"{path}: {text} (a random one: the right --seed)")
+    if content["config"]["high_freq"] != model.config["high_freq"]:
+        raise InputError(f"{path}: a shadow checkpoint fits --task shadow, and no other does")
+    copy_tensors(content["trained"], trained_part(model.state_dict()), str(path))
 
 
 def load_file(path: str | os.PathLike) -> dict:
-    """The dict in a file of `torch.save`, tensors on the CPU; nothing but tensors and plain values is unpickled.
+    """The dict in a file of `torch.save`, on the CPU; only tensors and plain values are unpickled.
 
     Wrappers are taken off: an entry `model` or `state_dict`, the prefix `module.` of names.
     """
-    if not os.path.isfile(path):
+    if not os.path.exists(path):
         raise InputError(f"{path}: no such file")
+    if os.path.isdir(path):
+        raise InputError(f"{path}: a folder; pass a file in it, such as best.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken and foreign files raise anything
-        kind = type(error).__name__
-        raise InputError(f"{path}: not a checkpoint, or not a whole one; torch.load says {kind}") from error
+        text = f"not a checkpoint, or not a whole one; torch.load says {type(error).__name__}"
+        if str(path).endswith(".safetensors"):
+            text = "a .safetensors file; save its tensors with torch.save"
+        elif "Unsupported global" in str(error):
+            text = "contains Python objects, such as a model saved whole; save its state_dict()"
+        raise InputError(f"{path}: {text}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
     if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
-        raise InputError(f"{path}: holds a {type(content).__name__}, not a checkpoint")
+        raise InputError(f"{path}: contains a {type(content).__name__}, not a checkpoint")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-def load_strictly(module: nn.Module, state: Mapping, where: str, rename: Callable[[str], str] = str) -> None:
-    """load_state_dict whose error is one line: which tensors (under `rename`d names) are missing, surplus or wrong."""
-    wanted = {rename(name): (name, tuple(tensor.shape)) for name, tensor in module.state_dict().items()}
-    shapes = {name: tuple(getattr(tensor, "shape", ())) for name, tensor in state.items()}
-    wrong = [f"{name} is missing" for name in wanted if name not in state]
-    wrong += [f"{name} is surplus" for name in state if name not in wanted]
-    wrong += [f"{n} is {shapes[n]}, not {shape}" for n, (_, shape) in wanted.items() if shapes.get(n, shape) != shape]
+@torch.no_grad()
+def copy_tensors(state: Mapping[str, Tensor], targets: Mapping[str, Tensor], where: str) -> None:
+    """Copy a state dict into the tensors of another.
+
+    All of them, or an error that names the first that are missing, unexpected or mis-shaped.
+    """
+    wrong = [f"{name} is missing" for name in targets if name not in state]
+    wrong += [f"{name} is unexpected" for name in state if name not in targets]
+    for name, target in targets.items():
+        shape = tuple(state.get(name, target).shape)
+        if shape != target.shape:
+            wrong.append(f"{name} is {shape}, not {tuple(target.shape)}")
     if wrong:
         more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
         raise InputError(f"{where}: {'; '.join(wrong[:3])}{more}")
-    module.load_state_dict({name: state[theirs] for theirs, (name, _) in wanted.items()})
+    for name, target in targets.items():
+        target.copy_(state[name])
 
 
-def write(path: Path, save: Callable[[Path], None]) -> None:
-    """Have `save` write a file under a temporary name, then rename it: the file is whole, or what it was before."""
+def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
+    """Have `save` write a file under a temporary name, then rename it: no file is ever half-written."""
     temporary = path.with_name(path.name + ".tmp")
     try:
         save(temporary)
@@ -625,7 +760,8 @@ def write(path: Path, save: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         temporary.unlink(missing_ok=True)
-        raise InputError(f"{path}: cannot be written ({one_line(error)}); what was there before is whole") from error
+        text = f"cannot be written ({one_line(error)}); the previous file is untouched"
+        raise InputError(f"{path}: {text}") from error
 
 
 def one_line(error: BaseException) -> str:
@@ -633,34 +769,53 @@ def one_line(error: BaseException) -> str:
     return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
-# ---------------------------------------------------------------------------------------------------------------------
+# -------------------------------------------------------------------------------------------------
 # What each part is and costs: python tssam.py
 
 
 def summarize(sam: str, size: int = 1024) -> None:
     """Print the parts of a TSSAM: equations, output for one image, trained parameters, multiply-adds."""
-    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:  # shapes, not numbers
+    counter = FlopCounterMode(display=False)
+    with torch.device("meta"), torch.no_grad(), counter:  # shapes, not numbers
         model = TSSAM(sam, size).eval()
         model(torch.empty(1, 3, size, size))
-    c1, c2, g = ENCODERS[sam]["csa_width"], ENCODERS[sam]["mrm_width"], size // PATCH
-    operations = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}  # by module's name
+    cost = {
+        part[len("TSSAM.") :]: sum(n.values()) / 2e9
+        for part, n in counter.get_flop_counts().items()
+    }
+    c1 = ENCODERS[sam].csa_width
+    c2 = ENCODERS[sam].mrm_width
+    g = size // PATCH
+    frozen = sum(p.numel() for p in model.image_encoder.parameters())
     print(f"TS-SAM_{sam[-1].upper()}, one image of {size} x {size}")
-    print(f"  {'':<22}{'equations':<11}{'output':<32}{'trained parameters':>18}{'multiply-adds':>15}")
-    total = operations["TSSAM"] / 2e9
-    rest = total  # what is not listed yet: the encoder, in whose forward the taps run
-    for name, title, equations, output in (
-        ("csa_embedding", "embedding of F_csa^0", "", f"{c1} x {g} x {g}"),
-        ("csa", f"{len(model.csa)} CSA", "1-2", f"{c1} x {g} x {g}"),
-        ("mrm", f"{len(model.mrm)} MRM", "3-5", f"{c2} x {4 * g} x {4 * g}, {c2} x {2 * g} x {2 * g}"),
-        ("ffd", "FFD", "6-10", f"1 x {4 * g} x {4 * g}"),
+    print(
+        f"  {'':<22}{'equations':<11}{'output':<32}{'trained parameters':>18}{'multiply-adds':>15}"
+    )
+    for modules, title, equations, output in (
+        (r"csa_embedding", "embedding of F_csa^0", "", f"{c1} x {g} x {g}"),
+        (r"csa\.\d+", f"{len(model.csa)} CSA", "1-2", f"{c1} x {g} x {g}"),
+        (
+            r"mrm\.\d+",
+            f"{len(model.mrm)} MRM",
+            "3-5",
+            f"{c2} x {2 * g} x {2 * g}, {c2} x {4 * g} x {4 * g}",
+        ),
+        (r"ffd", "FFD", "6-10", f"1 x {4 * g} x {4 * g}"),
+        (
+            r"image_encoder\.(patch_embed|blocks\.\d+|neck)",
+            "SAM's encoder, frozen",
+            "",
+            f"{frozen:,} parameters",
+        ),
+        (r"", "together, upsampled", "", f"1 x {size} x {size}"),
     ):
-        trained = sum(p.numel() for p in model.get_submodule(name).parameters())
-        cost = sum(n for module, n in operations.items() if re.fullmatch(rf"TSSAM\.{name}(\.\d+)?", module)) / 2e9
-        rest -= cost
-        print(f"  {title:<22}{equations:<11}{output:<32}{trained:>18,}{cost:>13.1f} G")
-    frozen, trained = (sum(p.numel() for p in model.parameters() if p.requires_grad is kind) for kind in (False, True))
-    print(f"  {'SAM encoder, frozen':<22}{'':<11}{f'{frozen:,} parameters':<32}{0:>18,}{rest:>13.1f} G")
-    print(f"  {'together':<22}{'':<11}{f'{frozen + trained:,} parameters':<32}{trained:>18,}{total:>13.1f} G")
+        trained = [
+            p.numel()
+            for n, p in model.named_parameters()
+            if p.requires_grad and re.match(modules, n)
+        ]
+        giga = sum(n for part, n in cost.items() if re.fullmatch(modules, part))
+        print(f"  {title:<22}{equations:<11}{output:<32}{sum(trained):>18,}{giga:>13.1f} G")
 
 
 if __name__ == "__main__":
