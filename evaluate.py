@@ -490,7 +490,7 @@ class Prediction(NamedTuple):
     """What the network says about a sample."""
 
     sample: Sample
-    to_score: np.ndarray | None  # at the mask's size: float32 in [0, 1] (paper) or uint8
+    to_score: np.ndarray  # float32 in [0, 1], (S, S) (paper); uint8, of the mask's size (full-size)
     to_save: np.ndarray | None  # uint8, at the image's size
 
 
@@ -513,14 +513,9 @@ def predict(
             if not logit.isfinite().all():
                 text = "the network's output is not finite; its weights are broken"
                 raise InputError(f"{sample.image_file}: {text}")
-            to_score = None
-            if sample.mask is not None:
-                at_mask = protocol == "full-size"
-                to_score = (
-                    to_map(logit, sample.mask.shape)
-                    if at_mask
-                    else logit[0].sigmoid().cpu().numpy()
-                )
+            to_score = logit[0].sigmoid().cpu().numpy()
+            if protocol == "full-size" and sample.mask is not None:
+                to_score = to_map(logit, sample.mask.shape)
             yield Prediction(sample, to_score, to_map(logit, sample.size) if save else None)
 
 

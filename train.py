@@ -18,7 +18,7 @@ import math
 import os
 import shlex
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from datetime import timedelta
 from functools import partial
 from itertools import islice
@@ -204,12 +204,6 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
     return train_pairs, val_pairs
 
 
-def describe(pairs: list[Pair]) -> str:
-    """A dataset's images, to be recognised when they have moved."""
-    names = [image.name for image, _ in pairs]
-    return f"{len(names)} images, {names[0]} to {names[-1]}" if names else "no images"
-
-
 def build_model(args: argparse.Namespace, stored: dict | None) -> tuple[TSSAM, dict]:
     """The model with its weights, and what a checkpoint says about its encoder."""
     is_random = args.sam_checkpoint == "random"
@@ -241,6 +235,11 @@ def build_model(args: argparse.Namespace, stored: dict | None) -> tuple[TSSAM, d
         evaluate.warn("the encoder is random, not SAM's: results say nothing about TS-SAM")
     model.grad_checkpoint = args.grad_checkpoint
     model.store_encoder(evaluate.PRECISIONS[args.precision])
+    kind = torch.device(args.device).type if WORLD > 1 else args.device
+    say(f"model: {args.sam} at {args.size} x {args.size}; run: {args.out}")
+    say(
+        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {kind}, {args.precision}"
+    )
     return model.to(args.device), encoder
 
 
@@ -283,35 +282,30 @@ def validate(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> dict[
 
 def main() -> None:
     args, stored = parse_arguments()
-    on_cuda = args.device.startswith("cuda")
     if WORLD > 1:
-        # Patient, because the others wait while the first downloads SAM's weights.
+        on_cuda = args.device.startswith("cuda")
         device = torch.device(args.device) if on_cuda else None
         backend = "nccl" if on_cuda else "gloo"
-        dist.init_process_group(backend, timeout=timedelta(hours=3), device_id=device)
+        patience = timedelta(hours=3)  # the others wait while the first downloads SAM's weights
+        dist.init_process_group(backend, timeout=patience, device_id=device)
     args.lock = first_process(lambda: claim_out(args))
-
     train_pairs, val_pairs = find_data(args)
-    experiment = {name: getattr(args, name) for name in EXPERIMENT}
-    experiment |= dict(data=describe(train_pairs), val=describe(val_pairs))
-    if stored is not None:
-        for name, value in experiment.items():
-            if value != stored["experiment"][name]:
-                text = f"--{name.replace('_', '-')}: {value}, but in this run {stored['experiment'][name]}"
-                raise InputError(f"--resume: {text}; start a new run, from its weights with --init")
-
+    experiment = check_experiment(args, train_pairs, val_pairs, stored)
     model, encoder = build_model(args, stored)
-    trained = [p for p in model.parameters() if p.requires_grad]
     network = model
     if WORLD > 1:  # averages gradients; each process has its own batch norms
         network = DistributedDataParallel(model, broadcast_buffers=False)
-    loss_of = balanced_bce if args.task == "shadow" else bce_iou
+    trained = [p for p in model.parameters() if p.requires_grad]
     if args.recipe == "released":
         optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.01)
     else:
         optimizer = torch.optim.Adam(trained, args.lr)
+    loss_of = balanced_bce if args.task == "shadow" else bce_iou
+    metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
     autocast = partial(evaluate.autocast, args.device, args.precision)
     scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    steps = len(train_pairs) // args.batch_size
+
     rows: list[dict] = []  # of log.csv
     validated = True  # whether the last one's epoch was
     best_score = -math.inf
@@ -320,25 +314,21 @@ def main() -> None:
         scaler.load_state_dict(stored["scaler"])
         rows = stored["rows"]
         validated = stored["validated"]
-        best_score = stored["best_score"]
-        if best_score > -math.inf and not (args.out / "best.pt").exists():
-            best_score = -math.inf
+        say(f"resume: after epoch {len(rows)}{'' if validated else ', which is validated first'}")
+        if (args.out / "best.pt").exists():
+            best_score = stored["best_score"]
+        elif val_pairs:
             say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
-        say(
-            f"resume: after epoch {len(rows)}" + ("" if validated else ", which is validated first")
-        )
     last_epoch = len(rows)  # in last.pt
     kept_args = experiment | dict(data=args.data, val=args.val, accumulate=args.accumulate)
     about = dict(task=args.task, encoder=encoder, args=kept_args, val=args.val)
-    metric = "BER" if args.task == "shadow" else "S"  # chooses the best epoch
 
     def save_last(validated: bool) -> None:
         if RANK == 0:
             state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            state |= dict(
-                rows=rows, validated=validated, best_score=best_score, experiment=experiment
-            )
-            tssam.save_checkpoint(args.out / "last.pt", model, epoch=len(rows), **state, **about)
+            state |= dict(rows=rows, validated=validated, best_score=best_score)
+            state |= dict(epoch=len(rows), experiment=experiment)
+            tssam.save_checkpoint(args.out / "last.pt", model, **state, **about)
 
     def how_to_continue() -> str:
         if last_epoch == 0:
@@ -348,25 +338,16 @@ def main() -> None:
         return f"stopped; `{command}` goes on after epoch {last_epoch}"
 
     evaluate.on_stop(how_to_continue)
-    say(
-        f"model: {args.sam}, {sum(p.numel() for p in trained):,} trained parameters; run: {args.out}"
-    )
-    say(
-        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {args.device}, {args.precision}"
-    )
     for epoch in range(last_epoch + validated, args.epochs + 1):
         if epoch > last_epoch:  # else the run was stopped in this epoch's validation
             start = time.monotonic()
             lr = 1e-7 + (args.lr - 1e-7) * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
             optimizer.param_groups[0]["lr"] = lr
             network.train()
-            steps = len(train_pairs) // args.batch_size
-            batches = micro_batches(train_pairs, args, epoch)
-            bar = evaluate.progress(
-                batches, f"epoch {epoch}/{args.epochs}", steps * args.accumulate, "batch"
-            )
             losses = []
             loss = 0.0
+            batches = micro_batches(train_pairs, args, epoch)
+            bar = evaluate.progress(batches, f"epoch {epoch}", steps * args.accumulate, "batch")
             for count, (images, masks) in enumerate(bar, start=1):
                 is_step = count % args.accumulate == 0
                 network.require_backward_grad_sync = is_step  # of DistributedDataParallel
@@ -374,64 +355,82 @@ def main() -> None:
                     logits = network(images)
                 micro_loss = loss_of(logits, masks) / args.accumulate
                 scaler.scale(micro_loss).backward()
-                loss = loss + micro_loss.detach()
+                loss = loss + micro_loss.detach() / WORLD
                 if not is_step:
                     continue
                 if WORLD > 1:
                     dist.all_reduce(loss)
-                losses.append(loss.item() / WORLD)
-                check_finite("loss", math.isfinite(losses[-1]), epoch)
+                losses.append(loss.item())
+                check_finite("loss", [loss], epoch)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
                 loss = 0.0
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            if WORLD > 1:  # the first process's batch norm statistics are kept
-                for buffer in model.buffers():
-                    dist.broadcast(buffer, 0)
-            weights = tssam.trained_part(model.state_dict()).values()
-            check_finite("weights", all(tensor.isfinite().all() for tensor in weights), epoch)
+            end_epoch(model, epoch)
             seconds = time.monotonic() - start
             speed = steps * args.batch_size / seconds
             memory = evaluate.peak_memory(args.device)
-            row = dict(epoch=epoch, loss=sum(losses) / steps, lr=lr)
-            row |= dict(images_per_s=speed, peak_MB=memory, seconds=seconds)
-            rows.append(row)
+            row = dict(epoch=epoch, loss=sum(losses) / steps, lr=lr, images_per_s=speed)
+            rows.append(row | dict(peak_MB=memory, seconds=seconds))
             save_last(validated=not val_pairs)  # before validation, which can take long
             last_epoch = epoch
 
         start = time.monotonic()
         row = rows[-1]
-        is_best = False
+        mark = ""
         if val_pairs:
             with autocast():
-                row |= validate(model, val_pairs, args)
+                metrics = validate(model, val_pairs, args)
+            row |= metrics
             score = -row["BER"] if metric == "BER" else row["S"]
-            is_best = score > best_score
-            if is_best:
+            if score > best_score:
                 best_score = score
+                mark = "  best"
                 if RANK == 0:
-                    tssam.save_checkpoint(
-                        args.out / "best.pt", model, epoch=epoch, metrics=row, **about
-                    )
+                    best = args.out / "best.pt"
+                    tssam.save_checkpoint(best, model, epoch=epoch, metrics=metrics, **about)
             save_last(validated=True)
         if RANK == 0:
             with autocast():
                 write_reports(model, rows, metric, val_pairs, args)
         seconds = row["seconds"] + time.monotonic() - start
         left = timedelta(seconds=round((args.epochs - epoch) * seconds))
-        cells = [f"{name} {value:.4g}" for name, value in row.items() if name != "epoch"]
-        cells.append("best" if is_best else "")
-        say("  ".join([f"epoch {epoch}/{args.epochs}", *cells, f"{left} left"]))
+        cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+        say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
     if best_score > -math.inf:
         say(f"best:  {metric} {abs(best_score):.4f}, {args.out / 'best.pt'}")
     if WORLD > 1:
         dist.destroy_process_group()
 
 
-def check_finite(what: str, is_finite: bool, epoch: int) -> None:
+def check_experiment(
+    args: argparse.Namespace, train_pairs: list[Pair], val_pairs: list[Pair], stored: dict | None
+) -> dict:
+    """What a run may not change half-way; with --resume compared to last.pt."""
+    experiment = {name: getattr(args, name) for name in EXPERIMENT}
+    for name, pairs in (("data", train_pairs), ("val", val_pairs)):
+        names = [image.name for image, _ in pairs]
+        experiment[name] = f"{len(names)} images, {min(names)} to {max(names)}" if names else "none"
+    for name, value in experiment.items():
+        before = value if stored is None else stored["experiment"][name]
+        if value != before:
+            text = f"--{name.replace('_', '-')}: {value}, but in this run {before}"
+            raise InputError(f"--resume: {text}; start a new run, from its weights with --init")
+    return experiment
+
+
+def end_epoch(model: TSSAM, epoch: int) -> None:
+    """Check the weights, and give all processes the first one's batch norm statistics."""
+    check_finite("weights", tssam.trained_part(model.state_dict()).values(), epoch)
+    if WORLD > 1:
+        for buffer in model.buffers():
+            dist.broadcast(buffer, 0)
+
+
+def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
     """Stop a run that has diverged."""
-    if not is_finite:
+    if not all(tensor.isfinite().all() for tensor in tensors):
         text = f"the {what} became nan or infinite; last.pt holds epoch {epoch - 1}"
         raise InputError(f"epoch {epoch}: {text}; try a lower --lr or --precision fp32")
 
@@ -496,25 +495,12 @@ def draw_curves(rows: list[dict], columns: list[str], path: Path) -> None:
 
 
 def draw_demo(root: Path) -> None:
-    """Draw 96 + 24 salient shapes on textured backgrounds under `root`, in the layout of DUTS."""
+    """Draw 96 + 24 warm shapes on cold backgrounds under `root`, in the layout of DUTS."""
     rng = np.random.default_rng(0)  # always the same ones
 
-    def texture(size: tuple[int, int], colour: np.ndarray) -> np.ndarray:
-        """(height, width, 3): a colour with noise of three grains."""
-        surface = np.full((*size[::-1], 3), colour)
-        for grain, strength in ((4, 14), (20, 12), (90, 10)):
-            noise = Image.fromarray(rng.normal(size=(grain, grain)).astype(np.float32))
-            surface += strength * np.array(noise.resize(size))[..., None]
-        return surface
-
-    def shape(size: tuple[int, int]) -> np.ndarray:
-        """(height, width) bool: a triangle, a square, a pentagon or a disk."""
-        x, y = rng.uniform(0.3, 0.7, 2) * size
-        radius = rng.uniform(0.16, 0.32) * min(size)
-        canvas = Image.new("1", size)
-        sides = int(rng.choice([3, 4, 5, 80]))
-        ImageDraw.Draw(canvas).regular_polygon((x, y, radius), sides, rng.uniform(0, 360), fill=1)
-        return np.array(canvas)
+    def texture(size: tuple[int, int], darkest: tuple, brightest: tuple) -> Image.Image:
+        colours = rng.integers(darkest, brightest, (9, 9, 3)).astype(np.uint8)
+        return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
     for split, count in (("DUTS-TR", 96), ("DUTS-TE", 24)):
         images = root / split / f"{split}-Image"
@@ -522,15 +508,19 @@ def draw_demo(root: Path) -> None:
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(exist_ok=True)
         for i in range(count):
-            size = tuple(int(side) for side in rng.integers(200, 321, 2))  # width, height
-            mask = shape(size)
-            if rng.random() < 0.5:
-                mask |= shape(size)
-            background = texture(size, rng.uniform((40, 70, 70), (130, 160, 160)))  # dull and cold
-            paint = texture(size, rng.uniform((170, 40, 20), (250, 170, 110)))  # bright and warm
-            image = np.where(mask[..., None], paint, background).clip(0, 255).astype(np.uint8)
-            Image.fromarray(image).save(images / f"demo_{i:03}.jpg", quality=92)
-            Image.fromarray(mask).save(masks / f"demo_{i:03}.png")
+            size = tuple(int(side) for side in rng.integers(200, 321, 2))
+            mask = Image.new("L", size)
+            for _ in range(rng.integers(1, 3)):
+                x, y = rng.uniform(0.3, 0.7, 2) * size
+                radius = rng.uniform(0.15, 0.3) * min(size)
+                sides = int(rng.choice([3, 4, 5, 80]))
+                turn = rng.uniform(0, 360)
+                ImageDraw.Draw(mask).regular_polygon((x, y, radius), sides, turn, fill=255)
+            paint = texture(size, (150, 60, 30), (250, 170, 120))
+            background = texture(size, (30, 60, 60), (150, 180, 180))
+            image = Image.composite(paint, background, mask)
+            image.save(images / f"demo_{i:03}.jpg", quality=92)
+            mask.save(masks / f"demo_{i:03}.png")
 
 
 if __name__ == "__main__":
