@@ -175,10 +175,12 @@ def pair_files(image_folder: Path, mask_folder: Path | None) -> list[Pair]:
     if split_of(image_folder) and not split_of(mask_folder):  # it holds the masks of all splits
         without_image = []
     if without_mask or without_image:
-        text = f"{len(without_mask)} images without a mask and {len(without_image)} masks without an image"
-        names = ", ".join((without_mask + without_image)[:3])
-        hint = "an image and its mask have the same name but for the ending"
-        raise InputError(f"{image_folder} and {mask_folder}: {text}, such as {names}; {hint}")
+        raise InputError(
+            f"{image_folder} and {mask_folder}: {len(without_mask)} images without a mask and"
+            f" {len(without_image)} masks without an image, such as"
+            f" {', '.join((without_mask + without_image)[:3])}; an image and its mask have the same name"
+            " but for the ending"
+        )
     return [(file, masks[stem]) for stem, file in images.items()]
 
 
@@ -196,13 +198,17 @@ def image_files(paths: list[Path]) -> dict[str, Path]:
         if file.suffix.lower() not in IMAGE_ENDINGS:
             others.append(file)
         elif stem in files:
-            text = f"{files[stem].name} has the same name but for its ending"
-            raise InputError(f"{file}: {text}; put masks into a folder of their own, called masks")
+            raise InputError(
+                f"{file}: {files[stem].name} has the same name but for its ending; put masks into a"
+                " folder of their own, called masks"
+            )
         else:
             files[stem] = file
     if others:
-        text = f"skipped {len(others)} files whose endings Pillow does not know, such as"
-        warn(f"{others[0].parent}: {text} {others[0].name}")
+        warn(
+            f"{others[0].parent}: skipped {len(others)} files whose endings Pillow does not know, such as"
+            f" {others[0].name}"
+        )
     return files
 
 
@@ -229,8 +235,10 @@ def find_sets(
         if root in files:
             continue
         if not root.exists():
-            text = "no longer there, where training found it"
-            raise InputError(f"{root}: {text}; pass the dataset's folder with --data (or --val)")
+            raise InputError(
+                f"{root}: no longer there, where training found it; pass the dataset's folder with --data"
+                " (or --val)"
+            )
         found = find_split(root, splits)
         if splits == TRAIN:
             found = [s for s in found if s.split] or found
@@ -252,8 +260,10 @@ def find_sets(
         datasets += found
     for s in datasets:
         if need_masks and s.pairs[0][1] is None:
-            text = f"no folder of masks; looked for {MASK_FOLDERS}"
-            raise InputError(f"{s.folder}: {text} (evaluate.py --save DIR predicts without masks)")
+            raise InputError(
+                f"{s.folder}: no folder of masks; looked for {MASK_FOLDERS} (evaluate.py --save DIR"
+                " predicts without masks)"
+            )
     return datasets
 
 
@@ -389,8 +399,10 @@ def check_files(dataset: ImageSet, workers: int) -> None:
     _, above_0, above_128 = zip(*inspected, strict=True)
     if sum(above_128) < 0.9 * sum(above_0):
         worst = dataset.pairs[np.argmax(np.subtract(above_0, above_128))][1]
-        text = f"{np.mean(above_0):.2%} of the masks' pixels are above 0 (training, paper)"
-        warn(f"{name}: {text}, {np.mean(above_128):.2%} above 128 (full-size), see {worst}")
+        warn(
+            f"{name}: {np.mean(above_0):.2%} of the masks' pixels are above 0 (training, paper),"
+            f" {np.mean(above_128):.2%} above 128 (full-size), see {worst}"
+        )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -511,8 +523,9 @@ def predict(
         logits = model(to_input([sample.pixels for sample in batch], device))
         for sample, logit in zip(batch, logits, strict=True):
             if not logit.isfinite().all():
-                text = "the network's output is not finite; its weights are broken"
-                raise InputError(f"{sample.image_file}: {text}")
+                raise InputError(
+                    f"{sample.image_file}: the network's output is not finite; its weights are broken"
+                )
             to_score = logit[0].sigmoid().cpu().numpy()
             if protocol == "full-size" and sample.mask is not None:
                 to_score = to_map(logit, sample.mask.shape)
@@ -571,8 +584,10 @@ def score_maps(dataset: ImageSet, task: str, workers: int) -> Iterator[dict]:
     )
     brightest = max(progress(levels, dataset.name, total))
     if task == "shadow" and brightest != 1 and brightest <= 125:
-        text = f"no map is brighter than {brightest} of 255"
-        warn(f"{dataset.name}: {text}; BER cuts them at 125, so all are black to it")
+        warn(
+            f"{dataset.name}: no map is brighter than {brightest} of 255; BER cuts them at 125, so all"
+            " are black to it"
+        )
     work = partial(score_map, task=task, scale=255 if brightest == 1 else 1)
     yield from progress(in_threads(work, dataset.pairs, workers), "evaluate", total)
 
@@ -752,8 +767,9 @@ def check_device(args: argparse.Namespace) -> None:
             torch.cuda.set_device(args.device)
         torch.zeros(1, device=args.device).item()
     except (RuntimeError, AssertionError) as error:
-        text = f"{args.device} cannot be used here ({one_line(error)})"
-        raise InputError(f"--device: {text}; try cpu") from error
+        raise InputError(
+            f"--device: {args.device} cannot be used here ({one_line(error)}); try cpu"
+        ) from error
 
 
 def peak_memory(device: str) -> float:
@@ -846,8 +862,10 @@ def parse_arguments() -> argparse.Namespace:
         if args.data is None:
             raise InputError("--data: pass the datasets that the maps belong to")
         if args.save or args.sam_checkpoint or args.precision or args.protocol == "paper":
-            text = "--save, --sam-checkpoint, --precision and --protocol paper"
-            raise InputError(f"--maps: goes without {text}; nothing is predicted")
+            raise InputError(
+                "--maps: goes without --save, --sam-checkpoint, --precision and --protocol paper; nothing"
+                " is predicted"
+            )
         args.protocol = "full-size"
         args.task = args.task or "sod"
     else:
@@ -870,8 +888,9 @@ def find_test_sets(roots: list[Path], args: argparse.Namespace) -> list[ImageSet
     names = [s.name for s in datasets]
     for i, s in enumerate(datasets):
         if names.count(s.name) > 1:
-            text = f"another dataset is called {s.name} too; score them one at a time"
-            raise InputError(f"--data: {s.folder}: {text}")
+            raise InputError(
+                f"--data: {s.folder}: another dataset is called {s.name} too; score them one at a time"
+            )
         if args.maps is not None:
             datasets[i] = s = s._replace(pairs=find_maps(args.maps, s))
         say(s)
@@ -897,9 +916,10 @@ def find_maps(maps: Path, dataset: ImageSet) -> list[Pair]:
     missing = [f"{i.stem}.png" for i, _ in dataset.pairs if stem_of(i) not in map_of]
     if missing:
         there = ", ".join(file.name for file in list(map_of.values())[:3]) or "no images"
-        text = f"{len(missing)} of {len(dataset.pairs)} maps are missing"
-        text += f", such as {', '.join(missing[:3])}; there are {there}"
-        raise InputError(f"--maps: {fitting[0]}: {text}")
+        raise InputError(
+            f"--maps: {fitting[0]}: {len(missing)} of {len(dataset.pairs)} maps are missing, such as"
+            f" {', '.join(missing[:3])}; there are {there}"
+        )
     return [(map_of[stem_of(image)], mask) for image, mask in dataset.pairs]
 
 
@@ -909,8 +929,9 @@ def prepare_save(save: Path, ckpt: Path) -> None:
     content = os.fsencode(os.path.abspath(ckpt)) + b"\n"
     is_ours = source.is_file() and source.read_bytes() == content
     if save.exists() and not is_ours and visible(save):
-        text = f"contains other files than maps of {ckpt}; pass a new or an empty folder"
-        raise InputError(f"--save: {save} {text}")
+        raise InputError(
+            f"--save: {save} contains other files than maps of {ckpt}; pass a new or an empty folder"
+        )
     save.mkdir(parents=True, exist_ok=True)
     source.write_bytes(content)
 
@@ -931,8 +952,9 @@ def score_checkpoints(args: argparse.Namespace) -> Iterator[Result]:
         say(f"{file}: {task}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
         if args.data is None:
             if not info.get("val"):
-                text = "trained without a validation set; pass datasets with --data"
-                raise InputError(f"--ckpt: {file}: {text}")
+                raise InputError(
+                    f"--ckpt: {file}: trained without a validation set; pass datasets with --data"
+                )
             datasets = find_test_sets([Path(folder) for folder in info["val"]], args)
         if args.save is not None:
             prepare_save(args.save, file)

@@ -50,7 +50,7 @@ def bce_iou(logits: Tensor, masks: Tensor) -> Tensor:
     probability = logits.sigmoid()
     intersection = (probability * masks).sum(dim=(1, 2, 3))
     union = (probability + masks).sum(dim=(1, 2, 3)) - intersection
-    iou = intersection / union.clamp_min(1e-6)  # an empty mask, predicted empty, leaves 0 / 0
+    iou = intersection / union.clamp_min(1e-6)  # 0 / 0: an empty mask, predicted empty (ours)
     return F.binary_cross_entropy_with_logits(logits, masks) + (1 - iou).mean()
 
 
@@ -61,13 +61,15 @@ def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
     pixels weighing N/(P+N) and negative ones P/(P+N), which is the same and allows P = 0. Shapes as
     in `bce_iou`.
     """
-    positive = masks.mean()
-    weight = torch.where(masks > 0, 1 - positive, positive)
+    positive_share = masks.mean()  # P/(P+N)
+    weight = torch.where(masks > 0, 1 - positive_share, positive_share)
     return F.binary_cross_entropy_with_logits(logits, masks, weight=weight)
 
 
 # -------------------------------------------------------------------------------------------------
 # The script
+
+MIN_LR = 1e-7  # source: release
 
 # Enough for a few shapes, two CPU cores and a minute or two; command-line options override these.
 DEMO = dict(sam="tiny", sam_checkpoint="random", size=256, epochs=10, batch_size=4, lr=2e-3)
@@ -116,8 +118,9 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     stored = None
     if args.resume:
         if not (args.out / "last.pt").exists():
-            text = f"{args.out} has no last.pt; pass the run's folder with --out"
-            raise InputError(f"--resume: {text}")
+            raise InputError(
+                f"--resume: {args.out} has no last.pt; pass the run's folder with --out"
+            )
         stored = tssam.load_file(args.out / "last.pt")
         parser.set_defaults(**stored["args"], out=args.out)
         args = parser.parse_args()
@@ -134,8 +137,10 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     args.precision = args.precision or ("bf16" if has_bf16 else "fp32")
     args.micro_batch, left_over = divmod(args.batch_size, WORLD * args.accumulate)
     if left_over:
-        text = f"cannot be split into {WORLD} (processes) x {args.accumulate} (--accumulate) equal parts"
-        raise InputError(f"--batch-size: {args.batch_size} {text}")
+        raise InputError(
+            f"--batch-size: {args.batch_size} cannot be split into {WORLD} (processes) x"
+            f" {args.accumulate} (--accumulate) equal parts"
+        )
     return args, stored
 
 
@@ -156,18 +161,20 @@ def claim_out(args: argparse.Namespace) -> TextIO:
 
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
-        text = f"{args.out} is in use by another run; pass another folder"
-        raise InputError(f"--out: {text}") from error
+        raise InputError(
+            f"--out: {args.out} is in use by another run; pass another folder"
+        ) from error
     except (ImportError, OSError):  # Windows, or a file system without locks
         pass
-    for name in (
-        () if args.resume else ("last.pt", "best.pt", "log.csv", "curves.png", "samples.png")
-    ):
-        if (args.out / name).exists():
-            text = f"{args.out} contains a run ({name}); continue it with --resume"
-            raise InputError(f"--out: {text}, or pass a new folder, such as --out {args.out}-2")
-    if args.demo:
-        draw_demo(args.out / "DUTS")
+    if not args.resume:
+        for name in ("last.pt", "best.pt", "log.csv", "curves.png", "samples.png"):
+            if (args.out / name).exists():
+                raise InputError(
+                    f"--out: {args.out} contains a run ({name}); continue it with --resume, or pass a"
+                    f" new folder, such as --out {args.out}-2"
+                )
+        if args.demo:
+            draw_demo(args.data[0])
     return lock
 
 
@@ -180,10 +187,8 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
         found = [s for d in args.data for s in evaluate.find_split(Path(d), evaluate.VALIDATION)]
         val_sets = [s for s in found if s.split]
         camo = [s for s in val_sets if evaluate.plain_name(s.name) == "CAMO"]
-        if (
-            args.task == "cod" and camo
-        ):  # 250 images; the four test sets are 6,473 (source: release)
-            val_sets = camo
+        if args.task == "cod" and camo:
+            val_sets = camo  # 250 images; the four test sets are 6,473 (source: release)
     args.val = [os.path.abspath(s.folder) for s in val_sets]  # for last.pt
     args.data = [os.path.abspath(folder) for folder in args.data]
     for kind, datasets in (("train:", train_sets), ("val:  ", val_sets)):
@@ -199,8 +204,10 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
     if not train_files.isdisjoint(image.resolve() for image, _ in val_pairs):
         evaluate.warn("validation is on images of the training set")
     if len(train_pairs) < args.batch_size:
-        text = f"{len(train_pairs)} images do not fill a batch of {args.batch_size}"
-        raise InputError(f"--data: {text}; pass a lower --batch-size")
+        raise InputError(
+            f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; pass a lower"
+            " --batch-size"
+        )
     return train_pairs, val_pairs
 
 
@@ -226,12 +233,15 @@ def build_model(args: argparse.Namespace, stored: dict | None) -> tuple[TSSAM, d
         blocks = (args.csa_blocks, args.mrm_blocks)
         model = tssam.build_tssam(args.sam, args.size, high_freq, weights, *blocks)
         state = model.image_encoder.state_dict()
-        encoder = dict(fingerprint=tssam.fingerprint(state), stored=state if is_random else None)
+        fingerprint = tssam.fingerprint(state)
+        encoder = dict(
+            fingerprint=fingerprint, sam_checkpoint=None, weights=state if is_random else None
+        )
         if args.init is not None:
             tssam.load_trained(model, args.init)
     if weights is not None:
         encoder["sam_checkpoint"] = os.path.abspath(weights)
-    if encoder["stored"] is not None:
+    if encoder["weights"] is not None:
         evaluate.warn("the encoder is random, not SAM's: results say nothing about TS-SAM")
     model.grad_checkpoint = args.grad_checkpoint
     model.store_encoder(evaluate.PRECISIONS[args.precision])
@@ -255,7 +265,7 @@ def micro_batches(
     order = rng.permutation(len(pairs))
     mirrored = rng.random(len(pairs)) < (0.5 if args.recipe == "released" else 0)
     whole = order[: len(order) // args.batch_size * args.batch_size]
-    own = whole.reshape(-1, WORLD, args.micro_batch)[:, RANK]
+    own = whole.reshape(-1, WORLD, args.micro_batch)[:, RANK]  # a row: indices of a micro-batch
     read = partial(evaluate.read_sample, size=args.size, protocol="paper")
     samples = evaluate.in_threads(read, [pairs[i] for i in own.flat], args.workers)
     for chosen in own:
@@ -288,7 +298,7 @@ def main() -> None:
         backend = "nccl" if on_cuda else "gloo"
         patience = timedelta(hours=3)  # the others wait while the first downloads SAM's weights
         dist.init_process_group(backend, timeout=patience, device_id=device)
-    args.lock = first_process(lambda: claim_out(args))
+    args.lock = first_process(lambda: claim_out(args))  # held until the process ends
     train_pairs, val_pairs = find_data(args)
     experiment = check_experiment(args, train_pairs, val_pairs, stored)
     model, encoder = build_model(args, stored)
@@ -307,14 +317,16 @@ def main() -> None:
     steps = len(train_pairs) // args.batch_size
 
     rows: list[dict] = []  # of log.csv
-    validated = True  # whether the last one's epoch was
+    is_validated = True  # whether the last one's epoch was
     best_score = -math.inf
     if stored is not None:
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
         rows = stored["rows"]
-        validated = stored["validated"]
-        say(f"resume: after epoch {len(rows)}{'' if validated else ', which is validated first'}")
+        is_validated = stored["is_validated"]
+        say(
+            f"resume: after epoch {len(rows)}{'' if is_validated else ', which is validated first'}"
+        )
         if (args.out / "best.pt").exists():
             best_score = stored["best_score"]
         elif val_pairs:
@@ -323,12 +335,20 @@ def main() -> None:
     kept_args = experiment | dict(data=args.data, val=args.val, accumulate=args.accumulate)
     about = dict(task=args.task, encoder=encoder, args=kept_args, val=args.val)
 
-    def save_last(validated: bool) -> None:
+    def save_last(is_validated: bool) -> None:
         if RANK == 0:
-            state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-            state |= dict(rows=rows, validated=validated, best_score=best_score)
-            state |= dict(epoch=len(rows), experiment=experiment)
-            tssam.save_checkpoint(args.out / "last.pt", model, **state, **about)
+            tssam.save_checkpoint(
+                args.out / "last.pt",
+                model,
+                epoch=len(rows),
+                rows=rows,
+                is_validated=is_validated,
+                best_score=best_score,
+                experiment=experiment,
+                optimizer=optimizer.state_dict(),
+                scaler=scaler.state_dict(),
+                **about,
+            )
 
     def how_to_continue() -> str:
         if last_epoch == 0:
@@ -338,42 +358,49 @@ def main() -> None:
         return f"stopped; `{command}` goes on after epoch {last_epoch}"
 
     evaluate.on_stop(how_to_continue)
-    for epoch in range(last_epoch + validated, args.epochs + 1):
-        if epoch > last_epoch:  # else the run was stopped in this epoch's validation
+    first_epoch = last_epoch + 1 if is_validated else last_epoch
+    for epoch in range(first_epoch, args.epochs + 1):
+        if epoch > last_epoch:  # else its training was finished before the run was stopped
             start = time.monotonic()
-            lr = 1e-7 + (args.lr - 1e-7) * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
+            lr = (
+                MIN_LR
+                + (args.lr - MIN_LR) * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
+            )
             optimizer.param_groups[0]["lr"] = lr
             network.train()
             losses = []
-            loss = 0.0
             batches = micro_batches(train_pairs, args, epoch)
-            bar = evaluate.progress(batches, f"epoch {epoch}", steps * args.accumulate, "batch")
-            for count, (images, masks) in enumerate(bar, start=1):
-                is_step = count % args.accumulate == 0
-                network.require_backward_grad_sync = is_step  # of DistributedDataParallel
-                with autocast():
-                    logits = network(images)
-                micro_loss = loss_of(logits, masks) / args.accumulate
-                scaler.scale(micro_loss).backward()
-                loss = loss + micro_loss.detach() / WORLD
-                if not is_step:
-                    continue
+            bar = evaluate.progress(range(steps), f"epoch {epoch}", steps, "step")
+            for _ in bar:
+                loss = torch.zeros((), device=args.device)
+                for i in range(args.accumulate):
+                    images, masks = next(batches)
+                    network.require_backward_grad_sync = i + 1 == args.accumulate  # averages then
+                    with autocast():
+                        logits = network(images)
+                    micro_loss = loss_of(logits, masks) / args.accumulate
+                    scaler.scale(micro_loss).backward()
+                    loss += micro_loss.detach() / WORLD
                 if WORLD > 1:
                     dist.all_reduce(loss)
-                losses.append(loss.item())
                 check_finite("loss", [loss], epoch)
                 scaler.step(optimizer)
                 scaler.update()
                 optimizer.zero_grad()
-                loss = 0.0
+                losses.append(loss.item())
                 bar.set_postfix(loss=f"{losses[-1]:.4f}")
             end_epoch(model, epoch)
             seconds = time.monotonic() - start
-            speed = steps * args.batch_size / seconds
-            memory = evaluate.peak_memory(args.device)
-            row = dict(epoch=epoch, loss=sum(losses) / steps, lr=lr, images_per_s=speed)
-            rows.append(row | dict(peak_MB=memory, seconds=seconds))
-            save_last(validated=not val_pairs)  # before validation, which can take long
+            row = dict(
+                epoch=epoch,
+                loss=sum(losses) / steps,
+                lr=lr,
+                images_per_s=steps * args.batch_size / seconds,
+                peak_MB=evaluate.peak_memory(args.device),
+                seconds=seconds,
+            )
+            rows.append(row)
+            save_last(is_validated=not val_pairs)  # before validation, which can take long
             last_epoch = epoch
 
         start = time.monotonic()
@@ -390,7 +417,7 @@ def main() -> None:
                 if RANK == 0:
                     best = args.out / "best.pt"
                     tssam.save_checkpoint(best, model, epoch=epoch, metrics=metrics, **about)
-            save_last(validated=True)
+            save_last(is_validated=True)
         if RANK == 0:
             with autocast():
                 write_reports(model, rows, metric, val_pairs, args)
@@ -409,14 +436,16 @@ def check_experiment(
 ) -> dict:
     """What a run may not change half-way; with --resume compared to last.pt."""
     experiment = {name: getattr(args, name) for name in EXPERIMENT}
-    for name, pairs in (("data", train_pairs), ("val", val_pairs)):
+    for name, pairs in (("training images", train_pairs), ("validation images", val_pairs)):
         names = [image.name for image, _ in pairs]
-        experiment[name] = f"{len(names)} images, {min(names)} to {max(names)}" if names else "none"
+        experiment[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
     for name, value in experiment.items():
         before = value if stored is None else stored["experiment"][name]
         if value != before:
-            text = f"--{name.replace('_', '-')}: {value}, but in this run {before}"
-            raise InputError(f"--resume: {text}; start a new run, from its weights with --init")
+            raise InputError(
+                f"--resume: {name.replace('_', ' ')} {value}, but in this run {before}; start a new run,"
+                " from its weights with --init"
+            )
     return experiment
 
 
@@ -431,8 +460,11 @@ def end_epoch(model: TSSAM, epoch: int) -> None:
 def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
     """Stop a run that has diverged."""
     if not all(tensor.isfinite().all() for tensor in tensors):
-        text = f"the {what} became nan or infinite; last.pt holds epoch {epoch - 1}"
-        raise InputError(f"epoch {epoch}: {text}; try a lower --lr or --precision fp32")
+        saved = f"last.pt holds epoch {epoch - 1}" if epoch > 1 else "nothing is saved yet"
+        raise InputError(
+            f"epoch {epoch}: the {what} became nan or infinite; {saved}; try a lower --lr or"
+            " --precision fp32"
+        )
 
 
 # -------------------------------------------------------------------------------------------------

@@ -15,8 +15,8 @@ follow its Section II:
             F_csa^0 > CSA 0 - CSA 1 ----- CSA 2 -- ... ---- CSA L ------ CSA L+1 > f_csa +
 
     Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H only
-    the last 12 blocks). Down: a CSA merges the output with f_csa, and the merged map comes back up
-    (^) and replaces the block's output.
+    the last 12 blocks). Down (v): a CSA merges the output with f_csa. The merged map returns (the
+    ^ beside the v) and replaces the block's output.
 
 Notation: C is the encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD
 (256 and 128 in the released code). S is the image's side in pixels (the paper's H and W), g = S/16
@@ -49,6 +49,11 @@ from torch.utils.flop_counter import FlopCounterMode
 
 # recompute(f, x) is f(x), but stores no intermediate activations; backward recomputes them.
 recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
+
+class InputError(ValueError):
+    """Bad input from the user. One line: what is wrong, which file or flag, what to do."""
+
 
 # -------------------------------------------------------------------------------------------------
 # II-B. Convolutional Side Adapter
@@ -127,7 +132,7 @@ class MRM(nn.Module):
 
     def __init__(self, width: int, mrm_width: int) -> None:
         super().__init__()
-        self.conv = conv1x1(width, mrm_width)
+        self.compress = conv1x1(width, mrm_width)
         self.deconv1 = deconv2x(mrm_width)
         self.deconv2 = nn.Sequential(*deconv2x(mrm_width), *deconv2x(mrm_width))
         self.gate1 = Gate(mrm_width)
@@ -140,11 +145,11 @@ class MRM(nn.Module):
 
         In the first MRM, f_mrm1 and f_mrm2 are 0.
         """
-        compressed = self.conv(f_vit)
-        f1 = self.deconv1(compressed)  # Eq. 3
-        f2 = self.deconv2(compressed)
-        # The gates are cheap to recompute and expensive to store at S/4 in 13 MRM (source: ours).
-        gated1 = recompute(self.gate1, f1)  # Eq. 4
+        compressed = self.compress(f_vit)
+        f1 = self.deconv1(compressed)  # Eq. 3, k = 1
+        f2 = self.deconv2(compressed)  # Eq. 3, k = 2
+        # Eq. 4. Gates are cheap to recompute and expensive to store at S/4 in 13 MRM (source: ours).
+        gated1 = recompute(self.gate1, f1)
         gated2 = recompute(self.gate2, f2)
         return gated1 + f_mrm1, gated2 + f_mrm2  # Eq. 5
 
@@ -164,11 +169,11 @@ def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class Injection(nn.Module):
-    """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10 (source: paper).
+    """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10.
 
-    Eq. 6 has a 3x3 convolution, as in the release, where the paper writes 1x1: only 3x3 gives the
-    paper's 29.44 M trained parameters. GAP and GMP pool over 2x2 windows, as the paper says too,
-    despite their names ("global").
+    Source: paper, but for the 3x3 convolution of Eq. 6, which comes from the release. The paper
+    writes 1x1, but only 3x3 gives its 29.44 M trained parameters. Despite their names ("global"),
+    GAP and GMP pool over 2x2 windows (source: paper).
     """
 
     def __init__(self, mrm_width: int) -> None:
@@ -179,14 +184,12 @@ class Injection(nn.Module):
 
     def forward(self, x: Tensor, f_mrm: Tensor) -> Tensor:
         """x (B, C2, h, w), the paper's F_in,csa; f_mrm (B, C2, 2h, 2w) -> F_stage2,csa, f_mrm's shape."""
-        f_in = self.conv_mrm(f_mrm)  # Eq. 6
-        f_key = F.avg_pool2d(f_in, 2) + F.max_pool2d(
-            f_in, 2
-        )  # Eq. 7: the key features, (B, C2, h, w)
+        f_in_mrm = self.conv_mrm(f_mrm)  # Eq. 6
+        f_key = F.avg_pool2d(f_in_mrm, 2) + F.max_pool2d(f_in_mrm, 2)  # Eq. 7, (B, C2, h, w)
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
-        # Eq. 9 (how: release)
+        # Eq. 9 (bilinear with aligned corners: release)
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself, not f_in
+        return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself
 
 
 class FFD(nn.Module):
@@ -238,12 +241,6 @@ ENCODERS = {
     "tiny": EncoderSpec(64, 4, 4, (1, 3), window=7, neck=32, csa_width=32, mrm_width=16),
 }
 
-forward_lock = threading.Lock()
-
-
-class InputError(ValueError):
-    """Bad input from the user. One line: what is wrong, which file or flag, what to do."""
-
 
 def high_pass(images: Tensor) -> Tensor:
     """Absolute value of the images' high frequencies, for shadows, III-A.
@@ -264,7 +261,7 @@ class TSSAM(nn.Module):
 
     An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the
     neck) and one MRM for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13
-    in TS-SAM_H. The counts are the paper's. Their places come from the release, as does that the
+    in TS-SAM_H. The counts are the paper's, their places the release's. As in the release, the
     first and the last CSA write nothing back.
 
     The encoder is `segment_anything`'s, and its parameters never get a gradient. But the merged map
@@ -334,25 +331,24 @@ class TSSAM(nn.Module):
         self.high_freq_embedding = None
         if high_freq:
             self.high_freq_embedding = nn.Conv2d(3, spec.csa_width, PATCH, stride=PATCH)
-        self.csa = nn.ModuleList(
-            CSA(spec.width, spec.csa_width) for _ in range(1 + len(csa_blocks))
-        )
-        self.csa.append(CSA(spec.neck, spec.csa_width))
-        self.mrm = nn.ModuleList(MRM(spec.width, spec.mrm_width) for _ in mrm_blocks)
-        self.mrm.append(MRM(spec.neck, spec.mrm_width))
+        # CSA 0 takes the patches, the last one the neck; likewise the last MRM.
+        csa_widths = [spec.width] * (1 + len(csa_blocks)) + [spec.neck]
+        mrm_widths = [spec.width] * len(mrm_blocks) + [spec.neck]
+        self.csa = nn.ModuleList(CSA(width, spec.csa_width) for width in csa_widths)
+        self.mrm = nn.ModuleList(MRM(width, spec.mrm_width) for width in mrm_widths)
         self.ffd = FFD(spec.csa_width, spec.mrm_width)
 
     def forward(self, images: Tensor) -> Tensor:
-        """images (B, 3, S, S), /255, less ImageNet's mean, by its deviation -> logits (B, 1, S, S).
+        """images (B, 3, S, S), normalised with ImageNet's mean and std -> logits (B, 1, S, S).
 
-        Logits are float32 under autocast, else of the model's dtype.
+        Logits are float32, in a float64 model float64.
         """
         size = self.config["image_size"]
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"images are {tuple(images.shape)}, not (batch, 3, {size}, {size})")
         encoder = self.image_encoder
-        csa_of = dict(zip(self.config["csa_blocks"], self.csa[1:-1], strict=True))
-        mrm_of = dict(zip(self.config["mrm_blocks"], self.mrm[:-1], strict=True))
+        csa_after = dict(zip(self.config["csa_blocks"], self.csa[1:-1], strict=True))
+        mrm_after = dict(zip(self.config["mrm_blocks"], self.mrm[:-1], strict=True))
         f_csa = None  # the two streams, updated by each tap
         f_mrm = (0.0, 0.0)
 
@@ -364,7 +360,7 @@ class TSSAM(nn.Module):
             # seems, but its checkpoints need it.
             batch, g, _, width = patches.shape
             shuffled = patches.reshape(batch, width, g, g).movedim(1, -1)
-            f_csa = self.csa_embedding(shuffled).movedim(-1, 1).contiguous()
+            f_csa = self.csa_embedding(shuffled).movedim(-1, 1)
             if self.high_freq_embedding is not None:
                 f_csa = f_csa + self.high_freq_embedding(high_pass(images))
             f_vit = (patches + encoder.pos_embed).movedim(-1, 1)
@@ -375,10 +371,10 @@ class TSSAM(nn.Module):
             replaces the output."""
             nonlocal f_csa, f_mrm
             f_vit = output.movedim(-1, 1)
-            if i in mrm_of:
-                f_mrm = mrm_of[i](f_vit, *f_mrm)
-            if i in csa_of:
-                f_csa, merged = csa_of[i](f_csa, f_vit)
+            if i in mrm_after:
+                f_mrm = mrm_after[i](f_vit, *f_mrm)
+            if i in csa_after:
+                f_csa, merged = csa_after[i](f_csa, f_vit)
                 return merged.movedim(1, -1)  # a forward hook's result replaces the output
 
         def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
@@ -403,7 +399,7 @@ class TSSAM(nn.Module):
         return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
 
     def store_encoder(self, dtype: torch.dtype) -> None:
-        """Store the encoder's matrices and convolutions in the `dtype` of the coming autocast.
+        """Cast the encoder's linear and convolution layers to autocast's `dtype` ahead of time.
 
         Autocast would cast them in every step, and autograd would keep the copies until backward.
         No number changes.
@@ -416,9 +412,11 @@ class TSSAM(nn.Module):
 # -------------------------------------------------------------------------------------------------
 # How it fits into memory (source: ours; no number changes by more than rounding)
 
+forward_lock = threading.Lock()  # see TSSAM.forward
+
 
 class EncoderBlock(Block):
-    """SAM's block, which backward can recompute.
+    """SAM's block with optional activation checkpointing.
 
     The taps are outside, so their batch norms see each batch once.
     """
@@ -434,9 +432,9 @@ class FusedAttention(Attention):
     """SAM's attention, computed for a few rows of queries at a time.
 
     SAM computes softmax(q k^T / sqrt(d) + rel_h + rel_w) v, a bias for the rows and one for the
-    columns between query and key. All N x N scores of a head (N = 4096 at 1024 x 1024) would be most
-    of the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a few rows of
-    queries as its mask (one row at 1024 x 1024, a whole window), and backward recomputes each piece.
+    columns between query and key. The N x N scores of each head (N = h * w, 4096 at 1024 x 1024)
+    would take most of the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a
+    few rows as its mask (one row at 1024 x 1024, a whole window), and backward recomputes it.
     """
 
     SCORES = 2**18  # of one head at a time; from 2**20 on they no longer fit a CPU's cache
@@ -463,7 +461,7 @@ class FusedAttention(Attention):
         rel_h = torch.einsum("bnrwd,rkd->bnrwk", q, table_h)  # (B, heads, r, w, h)
         rel_w = torch.einsum("bnrwd,wkd->bnrwk", q, table_w)  # (B, heads, r, w, w)
         bias = rel_h[..., :, None] + rel_w[..., None, :]  # (B, heads, r, w, h, w)
-        bias = bias.flatten(4).flatten(2, 3)  # (B, heads, r * w, N)
+        bias = bias.flatten(2, 3).flatten(3)  # (B, heads, r * w, N)
         return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias).view_as(q)
 
 
@@ -505,8 +503,9 @@ def build_tssam(
 def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
     """Path of SAM's published weights in `folder`, downloaded if missing (sha256 checked)."""
     if sam not in SAM_FILES:
-        text = "no weights are published for it; pass a file, or `random`, with --sam-checkpoint"
-        raise InputError(f"{sam}: {text}")
+        raise InputError(
+            f"{sam}: no weights are published for it; pass a file, or `random`, with --sam-checkpoint"
+        )
     name, sha256 = SAM_FILES[sam]
     path = Path(folder) / name
     if not path.exists():
@@ -532,23 +531,27 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
     sam = encoder_name(content, path)
     wanted = model.config["sam"]
     if sam != wanted:
-        text = f"contains the {sam} encoder, not {wanted}"
-        raise InputError(f"{path}: {text}; pass --sam {sam} or another --sam-checkpoint")
+        raise InputError(
+            f"{path}: contains the {sam} encoder, not {wanted}; pass --sam {sam} or another"
+            " --sam-checkpoint"
+        )
     state = encoder_part(content)
-    for name, ours in model.image_encoder.named_parameters():
-        theirs = state.get(name, ours)
-        if name == "pos_embed" and theirs.shape != ours.shape:
-            grid = theirs.movedim(-1, 1).float()
-            grid = F.interpolate(grid, ours.shape[1:3], mode="bicubic", antialias=True)
+    targets = model.image_encoder.state_dict()
+    for name in state.keys() & targets.keys():
+        given = state[name]
+        target = targets[name]
+        if name == "pos_embed" and given.shape != target.shape:
+            grid = given.movedim(-1, 1).float()
+            grid = F.interpolate(grid, target.shape[1:3], mode="bicubic", antialias=True)
             state[name] = grid.movedim(1, -1)
-        elif "rel_pos" in name and len(theirs) != len(ours):
-            table = F.interpolate(theirs.T[None].float(), len(ours), mode="linear")
+        elif "rel_pos" in name and len(given) != len(target):
+            table = F.interpolate(given.T[None].float(), len(target), mode="linear")
             state[name] = table[0].T
-    copy_tensors(state, model.image_encoder.state_dict(), f"{path}, as SAM's {sam} encoder")
+    copy_tensors(state, targets, f"{path}, as SAM's {sam} encoder")
 
 
 def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
-    """Which of `ENCODERS` is in a file's state dict."""
+    """The name of the encoder in a file's state dict, found by its width."""
     if "image_encoder.pos_embed" not in state:
         names = ", ".join(list(state)[:3])
         raise InputError(f"{path}: contains no SAM encoder; its tensors are {names}, ...")
@@ -556,7 +559,7 @@ def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
     for sam, spec in ENCODERS.items():
         if spec.width == width:
             return sam
-    raise InputError(f"{path}: its encoder is {width} wide, which is none of {', '.join(ENCODERS)}")
+    raise InputError(f"{path}: its encoder is {width} wide; known are {', '.join(ENCODERS)}")
 
 
 def encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -566,11 +569,11 @@ def encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def trained_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The other tensors in a state dict."""
+    """Everything in a state dict but the frozen encoder."""
     return {n: t for n, t in state.items() if not n.startswith("image_encoder.")}
 
 
-# Our names -> the names in the authors' checkpoints, flat state dicts with SAM's encoder and all.
+# Our names -> the names in the authors' checkpoints, flat state dicts that include SAM's encoder.
 # The release numbers the scales the other way round: its fpn1 is S/4 (k = 2), its fpn2 S/8 (k = 1).
 RELEASED_NAMES = [
     (r"^csa_embedding", r"image_encoder.csa_embedding"),
@@ -579,7 +582,7 @@ RELEASED_NAMES = [
     (r"^csa\.(\d+)\.expand\.1", r"image_encoder.csa_blocks.\1.bn1"),
     (r"^csa\.(\d+)\.compress\.0", r"image_encoder.csa_blocks.\1.conv2"),
     (r"^csa\.(\d+)\.compress\.1", r"image_encoder.csa_blocks.\1.bn2"),
-    (r"^mrm\.(\d+)\.conv", r"image_encoder.mrm_blocks.\1.conv_in"),
+    (r"^mrm\.(\d+)\.compress", r"image_encoder.mrm_blocks.\1.conv_in"),
     (r"^mrm\.(\d+)\.deconv1", r"image_encoder.mrm_blocks.\1.fpn2"),
     (r"^mrm\.(\d+)\.gate1\.w1", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.0"),
     (r"^mrm\.(\d+)\.gate1\.w2", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.2"),
@@ -629,10 +632,10 @@ def fingerprint(encoder: Mapping[str, Tensor]) -> str:
 def save_checkpoint(
     path: str | os.PathLike, model: TSSAM, *, task: str, encoder: dict, **info
 ) -> None:
-    """Write a model's trained part, what it takes to build it again, and more plain values (`info`).
+    """Write a model's trained part, the arguments to rebuild it, and `info`, more plain values.
 
     `encoder` holds the encoder's `fingerprint` as it was loaded, `sam_checkpoint` (the path of
-    SAM's weights) and `stored`: None, or the state dict of a random encoder, which no file
+    SAM's weights) and `weights`: None, or the state dict of a random encoder, which no file
     contains. `task` is sod, cod or shadow.
     """
     trained = {name: t.cpu() for name, t in trained_part(model.state_dict()).items()}
@@ -661,32 +664,35 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
         config=config,
         trained=trained_part(state),
         task="shadow" if high_freq else "sod or cod",
-        encoder=dict(fingerprint=fingerprint(encoder), sam_checkpoint=None, stored=encoder),
+        encoder=dict(fingerprint=fingerprint(encoder), sam_checkpoint=None, weights=encoder),
     )
 
 
 def load_checkpoint(
     path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None
 ) -> tuple[TSSAM, dict]:
-    """The model of a checkpoint, ours or the authors', on the CPU in eval mode; what else it contains.
+    """The model of a checkpoint, ours or the authors', on the CPU in eval mode; its other content.
 
-    That is `task`, `encoder` and what train.py stored; of an authors' checkpoint `task` ("shadow" or
-    "sod or cod") and `encoder`. SAM's weights come from `sam_checkpoint`, else from the file used in
-    training if it is still there, else from `sam_weights`; an authors' checkpoint contains them.
+    SAM's weights come from `sam_checkpoint`, else from the file used in training if it is still
+    there, else from `sam_weights`; an authors' checkpoint contains them. The other content is
+    `task` (in an authors' checkpoint "shadow" or "sod or cod"), `encoder` and train.py's values.
     """
     content = read_checkpoint(path)
     model = TSSAM(**content.pop("config"))
     encoder = content["encoder"]
-    if encoder["stored"] is not None and sam_checkpoint is None:
-        copy_tensors(encoder["stored"], model.image_encoder.state_dict(), f"{path}, its encoder")
+    if sam_checkpoint is None and encoder["weights"] is not None:
+        copy_tensors(encoder["weights"], model.image_encoder.state_dict(), f"{path}, its encoder")
     else:
-        source = sam_checkpoint or encoder["sam_checkpoint"]
-        if sam_checkpoint is None and not os.path.exists(source):
-            source = sam_weights(model.config["sam"])
-        load_sam(model, source)
+        if sam_checkpoint is None:
+            sam_checkpoint = encoder["sam_checkpoint"]
+            if not os.path.exists(sam_checkpoint):
+                sam_checkpoint = sam_weights(model.config["sam"])
+        load_sam(model, sam_checkpoint)
         if fingerprint(model.image_encoder.state_dict()) != encoder["fingerprint"]:
-            text = f"trained on another encoder than {source}"
-            raise InputError(f"{path}: {text}; pass the right file with --sam-checkpoint")
+            raise InputError(
+                f"{path}: trained on another encoder than {sam_checkpoint}; pass the right file with"
+                " --sam-checkpoint"
+            )
     copy_tensors(content.pop("trained"), trained_part(model.state_dict()), str(path))
     return model.eval(), content
 
@@ -698,8 +704,10 @@ def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
     """
     content = read_checkpoint(path)
     if content["encoder"]["fingerprint"] != fingerprint(model.image_encoder.state_dict()):
-        text = "trained on another encoder; pass the right file with --sam-checkpoint"
-        raise InputError(f"{path}: {text} (a random one: the right --seed)")
+        raise InputError(
+            f"{path}: trained on another encoder; pass the right file with --sam-checkpoint (a random"
+            " encoder: the right --seed)"
+        )
     if content["config"]["high_freq"] != model.config["high_freq"]:
         raise InputError(f"{path}: a shadow checkpoint fits --task shadow, and no other does")
     copy_tensors(content["trained"], trained_part(model.state_dict()), str(path))
@@ -717,11 +725,12 @@ def load_file(path: str | os.PathLike) -> dict:
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken and foreign files raise anything
-        text = f"not a checkpoint, or not a whole one; torch.load says {type(error).__name__}"
         if str(path).endswith(".safetensors"):
             text = "a .safetensors file; save its tensors with torch.save"
         elif "Unsupported global" in str(error):
             text = "contains Python objects, such as a model saved whole; save its state_dict()"
+        else:
+            text = f"not a checkpoint, or not a whole one; torch.load says {type(error).__name__}"
         raise InputError(f"{path}: {text}") from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
@@ -760,8 +769,9 @@ def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
         os.replace(temporary, path)
     except (OSError, RuntimeError) as error:  # RuntimeError: torch.save on a full disk
         temporary.unlink(missing_ok=True)
-        text = f"cannot be written ({one_line(error)}); the previous file is untouched"
-        raise InputError(f"{path}: {text}") from error
+        raise InputError(
+            f"{path}: cannot be written ({one_line(error)}); the previous file is untouched"
+        ) from error
 
 
 def one_line(error: BaseException) -> str:
@@ -779,43 +789,37 @@ def summarize(sam: str, size: int = 1024) -> None:
     with torch.device("meta"), torch.no_grad(), counter:  # shapes, not numbers
         model = TSSAM(sam, size).eval()
         model(torch.empty(1, 3, size, size))
-    cost = {
-        part[len("TSSAM.") :]: sum(n.values()) / 2e9
-        for part, n in counter.get_flop_counts().items()
-    }
+    flops = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
+    flops = {module: flops.get(f"TSSAM.{name}", 0) for name, module in model.named_modules()}
+    encoder = model.image_encoder
+    encoder_parts = [encoder.patch_embed, *encoder.blocks, encoder.neck]  # the taps are outside
+    frozen = sum(p.numel() for p in encoder.parameters())
     c1 = ENCODERS[sam].csa_width
     c2 = ENCODERS[sam].mrm_width
     g = size // PATCH
-    frozen = sum(p.numel() for p in model.image_encoder.parameters())
     print(f"TS-SAM_{sam[-1].upper()}, one image of {size} x {size}")
     print(
         f"  {'':<22}{'equations':<11}{'output':<32}{'trained parameters':>18}{'multiply-adds':>15}"
     )
-    for modules, title, equations, output in (
-        (r"csa_embedding", "embedding of F_csa^0", "", f"{c1} x {g} x {g}"),
-        (r"csa\.\d+", f"{len(model.csa)} CSA", "1-2", f"{c1} x {g} x {g}"),
+    for title, equations, output, modules in (
+        ("embedding of F_csa^0", "", f"{c1} x {g} x {g}", [model.csa_embedding]),
+        (f"{len(model.csa)} CSA", "1-2", f"{c1} x {g} x {g}", model.csa),
         (
-            r"mrm\.\d+",
             f"{len(model.mrm)} MRM",
             "3-5",
             f"{c2} x {2 * g} x {2 * g}, {c2} x {4 * g} x {4 * g}",
+            model.mrm,
         ),
-        (r"ffd", "FFD", "6-10", f"1 x {4 * g} x {4 * g}"),
-        (
-            r"image_encoder\.(patch_embed|blocks\.\d+|neck)",
-            "SAM's encoder, frozen",
-            "",
-            f"{frozen:,} parameters",
-        ),
-        (r"", "together, upsampled", "", f"1 x {size} x {size}"),
+        ("FFD", "6-10", f"1 x {4 * g} x {4 * g}", [model.ffd]),
+        ("upsampling", "", f"1 x {size} x {size}", []),
+        ("SAM's encoder, frozen", "", f"{frozen:,} parameters", encoder_parts),
     ):
-        trained = [
-            p.numel()
-            for n, p in model.named_parameters()
-            if p.requires_grad and re.match(modules, n)
-        ]
-        giga = sum(n for part, n in cost.items() if re.fullmatch(modules, part))
-        print(f"  {title:<22}{equations:<11}{output:<32}{sum(trained):>18,}{giga:>13.1f} G")
+        trained = sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
+        multiply_adds = sum(flops[m] for m in modules) / 2e9
+        print(f"  {title:<22}{equations:<11}{output:<32}{trained:>18,}{multiply_adds:>13.1f} G")
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
+    total = counter.get_total_flops() / 2e9
+    print(f"  {'total':<33}{f'{frozen + trained:,} parameters':<32}{trained:>18,}{total:>13.1f} G")
 
 
 if __name__ == "__main__":
