@@ -1,15 +1,15 @@
 """Score TS-SAM, or any method's saved maps.
 
-    python evaluate.py --ckpt runs/sod-vit_h/best.pt             on what it was validated on in training
+    python evaluate.py --ckpt runs/sod-vit_h/best.pt             on the validation set used in training
     python evaluate.py --ckpt runs/sod-vit_h/best.pt --data DUTS ECSSD --save masks --csv table.csv
     python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol full-size   authors' checkpoint
     python evaluate.py --ckpt a.pt b.pt --data DUTS --csv table.csv       two models, appended to a table
     python evaluate.py --maps masks --data DUTS ECSSD                     saved maps, no checkpoint
 
-Every number is made under one of two protocols; `py_sod_metrics` computes both:
+Metrics follow one of two protocols; `py_sod_metrics` computes both:
 
     paper      as in the paper's released code: prediction and mask are compared at the model's S x S,
-               the mask cut at > 0 before its nearest resize, the prediction in floating point.
+               the mask resized (nearest) and cut at > 0, the prediction in floating point.
                Weighted F-measure with beta^2 = 0.3. BER: mean over images.
     full-size  the usual protocol: logits upsampled to the mask's own size, sigmoid, rounded to 8
                bits; mask > 128. Weighted F-measure with beta^2 = 1; also the maximal, mean and
@@ -52,13 +52,10 @@ from tssam import TSSAM, InputError, load_checkpoint, one_line, write_atomically
 # -------------------------------------------------------------------------------------------------
 # Find the images
 
-Image.init()
 # Pillow only recognises these formats.
 UNREADABLE = {"BUFR", "EMF", "GRIB", "HDF5", "MPEG", "WMF"}
-IMAGE_FORMATS = Image.OPEN.keys() - UNREADABLE
-IMAGE_ENDINGS = {
-    end for end, kind in Image.registered_extensions().items() if kind in IMAGE_FORMATS
-}
+FORMATS = Image.registered_extensions()
+EXTENSIONS = {end for end, kind in FORMATS.items() if kind in Image.OPEN.keys() - UNREADABLE}
 Image.MAX_IMAGE_PIXELS = None  # a user's own large photograph is no attack
 
 # Folder names of the datasets as people download them, see `matches`. ISTD's train_c, the image
@@ -100,7 +97,7 @@ class ImageSet(NamedTuple):
 def matches(folder: Path, words: str) -> bool:
     """Whether a folder's name is one of `words`, optionally after a prefix ending in - or _.
 
-    In any case of letters: DUTS-TR is of "tr train".
+    Case-insensitive: DUTS-TR matches "tr train".
     """
     pattern = rf"(.*[-_])?({words.replace(' ', '|')})"
     return re.fullmatch(pattern, folder.name, re.IGNORECASE) is not None
@@ -112,7 +109,7 @@ def split_of(folder: Path) -> str | None:
 
 
 def visible(folder: Path) -> list[Path]:
-    """What is in a folder, sorted, without what systems hide there."""
+    """The visible entries of a folder, sorted."""
     return sorted(f for f in folder.iterdir() if not f.name.startswith((".", "@", "__")))
 
 
@@ -137,19 +134,22 @@ def search(
         if len(kind) > 1:
             names = " and ".join(f.name for f in kind)
             raise InputError(f"{folder}: several folders of one kind, {names}; keep one")
-    images = image_folders[0]
-    masks = mask_folders[0] if mask_folders else None
-    if any(split_of(f) for f in subfolders(images)):  # images/train, and masks/train or masks
+    images = split_folder(image_folders[0], split)
+    masks = split_folder(mask_folders[0], split) if mask_folders else None
+    if images != image_folders[0]:  # images/train, and masks/train or masks
         own_split = split
-        images = next((f for f in subfolders(images) if split_of(f) == split), None)
-        if masks is not None:
-            masks = next((f for f in subfolders(masks) if split_of(f) == split), masks)
     if images is not None:
         yield ImageSet(name_of(folder), folder, own_split, pair_files(images, masks))
 
 
+def split_folder(folder: Path, split: str) -> Path | None:
+    """The subfolder of a split, or the folder itself where it has none for splits."""
+    parts = {split_of(f): f for f in subfolders(folder) if split_of(f)}
+    return parts.get(split) if parts else folder
+
+
 def name_of(folder: Path) -> str:
-    """A dataset's name: its folder's, or that of the one above where a folder only says the split."""
+    """A dataset's name: its folder's, or the next one's above where a folder only names the split."""
     splits = " ".join(SPLIT_FOLDERS.values()).split()
     names = [name for name in folder.absolute().parts[1:] if name.lower() not in splits]
     return names[-1] if names else folder.absolute().name
@@ -179,13 +179,13 @@ def pair_files(image_folder: Path, mask_folder: Path | None) -> list[Pair]:
             f"{image_folder} and {mask_folder}: {len(without_mask)} images without a mask and"
             f" {len(without_image)} masks without an image, such as"
             f" {', '.join((without_mask + without_image)[:3])}; an image and its mask have the same name"
-            " but for the ending"
+            " but for the extension"
         )
     return [(file, masks[stem]) for stem, file in images.items()]
 
 
 def stem_of(file: Path) -> str:
-    """A file's name without its ending; macOS writes accents as characters of their own."""
+    """A file's name without its extension; macOS writes accents as characters of their own."""
     return unicodedata.normalize("NFC", file.stem)
 
 
@@ -195,18 +195,18 @@ def image_files(paths: list[Path]) -> dict[str, Path]:
     others = []
     for file in (path for path in paths if not path.is_dir()):
         stem = stem_of(file)
-        if file.suffix.lower() not in IMAGE_ENDINGS:
+        if file.suffix.lower() not in EXTENSIONS:
             others.append(file)
         elif stem in files:
             raise InputError(
-                f"{file}: {files[stem].name} has the same name but for its ending; put masks into a"
+                f"{file}: {files[stem].name} has the same name but for its extension; put masks into a"
                 " folder of their own, called masks"
             )
         else:
             files[stem] = file
     if others:
         warn(
-            f"{others[0].parent}: skipped {len(others)} files whose endings Pillow does not know, such as"
+            f"{others[0].parent}: skipped {len(others)} files whose extensions Pillow does not know, such as"
             f" {others[0].name}"
         )
     return files
@@ -232,7 +232,7 @@ def find_sets(
     files = [root for root in roots if root.is_file()]
     datasets = without_masks(files[0].parent, files) if files else []
     for root in roots:
-        if root in files:
+        if root.is_file():
             continue
         if not root.exists():
             raise InputError(
@@ -258,6 +258,8 @@ def find_sets(
                 f" {SPLIT_FOLDERS[splits[0]]}"
             )
         datasets += found
+    if not datasets:
+        raise InputError(f"--data: {files[0]} is no image, and neither is any other")
     for s in datasets:
         if need_masks and s.pairs[0][1] is None:
             raise InputError(
@@ -302,7 +304,7 @@ def open_image(path: Path, mode: str | None = None) -> Image.Image:
 
 
 def orientation(image: Image.Image) -> int:
-    """How an image is turned by its EXIF; 1: not."""
+    """The EXIF orientation; 1: upright, or unreadable."""
     try:
         return image.getexif().get(ExifTags.Base.Orientation, 1)
     except Exception:  # broken EXIF raises anything
@@ -312,7 +314,10 @@ def orientation(image: Image.Image) -> int:
 def read_image(path: Path, has_mask: bool = False) -> Image.Image:
     """An image file as RGB. EXIF orientation is applied unless the image has a mask (source: release)."""
     image = open_image(path, "RGB")
-    return image if has_mask or orientation(image) == 1 else ImageOps.exif_transpose(image)
+    if not has_mask:
+        with suppress(Exception):  # broken EXIF raises anything
+            image = ImageOps.exif_transpose(image)
+    return image
 
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
@@ -333,7 +338,7 @@ def read_mask(path: Path) -> Image.Image:
 
 
 def foreground(mask: Image.Image, protocol: str, size: int) -> np.ndarray:
-    """Where a grey mask has its object, as bool: at S x S (paper) or at the mask's own size."""
+    """Binarize a grey mask: (S, S) bool (paper), or of the mask's own size (full-size)."""
     if protocol == "paper":
         return np.asarray(mask.resize((size, size), Image.Resampling.NEAREST)) > 0
     return np.asarray(mask) > 128
@@ -360,12 +365,14 @@ FULL = "masks have no background"
 
 
 def inspect(pair: Pair) -> tuple[list[str], float, float]:
-    """What may be wrong with an image (or a map) and its mask; the mask's parts above 0 and 128."""
+    """Possible problems of an image (or a map) and its mask; fractions of the mask above 0 and 128."""
     image_file, mask_file = pair
     image = open_image(image_file)
     found = []
     if image.mode[0] in "FI":  # Pillow's modes of floats and of 16 and 32 bits
-        found.append("files have more than 8 bits, which are cut off at 255; save them with 8")
+        found.append(
+            "files have more than 8 bits per channel; values above 255 are clipped, so save them with 8"
+        )
     if mask_file is None:
         return found, 0, 0
     mask = read_mask(mask_file)
@@ -376,7 +383,7 @@ def inspect(pair: Pair) -> tuple[list[str], float, float]:
     if above_0 == 1:
         found.append(FULL)
     if image.size != mask.size:
-        found.append("files are not of their mask's size; each is resized by itself")
+        found.append("files differ in size from their masks; both are resized independently")
     if orientation(image) != 1:
         found.append("photos are turned by their EXIF, which is ignored beside a mask")
     return found, above_0, above_128
@@ -491,11 +498,10 @@ def average(rows: list[dict], task: str, protocol: str) -> dict[str, float]:
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
-def autocast(device: str, precision: str) -> torch.autocast:
+def autocast(args: argparse.Namespace) -> torch.autocast:
     """What the network runs under; losses, FFT and metrics are float32 all the same."""
-    return torch.autocast(
-        torch.device(device).type, PRECISIONS[precision], enabled=precision != "fp32"
-    )
+    device = torch.device(args.device).type
+    return torch.autocast(device, PRECISIONS[args.precision], enabled=args.precision != "fp32")
 
 
 class Prediction(NamedTuple):
@@ -526,8 +532,9 @@ def predict(
                 raise InputError(
                     f"{sample.image_file}: the network's output is not finite; its weights are broken"
                 )
-            to_score = logit[0].sigmoid().cpu().numpy()
-            if protocol == "full-size" and sample.mask is not None:
+            if protocol == "paper" or sample.mask is None:
+                to_score = logit[0].sigmoid().cpu().numpy()
+            else:
                 to_score = to_map(logit, sample.mask.shape)
             yield Prediction(sample, to_score, to_map(logit, sample.size) if save else None)
 
@@ -536,6 +543,7 @@ def save_and_score(prediction: Prediction, task: str, protocol: str, save: Path 
     """Write an image's map to `save`, and score it; {} for an image without a mask."""
     sample, to_score, to_save = prediction
     if save is not None:
+        save.mkdir(exist_ok=True)
         grey = Image.fromarray(to_save)
         write_atomically(
             save / f"{sample.image_file.stem}.png", lambda file: grey.save(file, "PNG")
@@ -545,7 +553,7 @@ def save_and_score(prediction: Prediction, task: str, protocol: str, save: Path 
     return score(to_score, sample.mask, task, protocol)
 
 
-def evaluate(
+def score_images(
     model: TSSAM,
     pairs: list[Pair],
     task: str,
@@ -577,7 +585,7 @@ def score_map(pair: tuple[Path, Path], task: str, scale: int = 1) -> dict:
 
 
 def score_maps(dataset: ImageSet, task: str, workers: int) -> Iterator[dict]:
-    """What `score` gives for each saved map. Where none is brighter than 1, maps are of 0 and 1."""
+    """What `score` gives for each saved map. If no map exceeds 1, maps are taken as 0/1."""
     total = len(dataset.pairs)
     levels = in_threads(
         lambda pair: open_image(pair[0], "L").getextrema()[1], dataset.pairs, workers
@@ -615,33 +623,35 @@ def plain_name(name: str) -> str:
     return re.sub(r"[-_](te|test|dataset)$", "", name, flags=re.IGNORECASE).upper()
 
 
-def format_metrics(metrics: dict[str, float], digits: int = 4) -> dict[str, str]:
-    """Metrics as tables print them: BER with two digits, the others with `digits`."""
-    return {n: f"{value:.{2 if n.startswith('BER') else digits}f}" for n, value in metrics.items()}
-
-
-def print_row(first: str, second: object, cells: dict[str, str]) -> None:
-    """Print a line of the table."""
-    text = "".join(f"  {cell:>{max(6, len(column))}}" for column, cell in cells.items())
+def print_row(first: str, second: object, cells: dict, digits: int = 4) -> None:
+    """Print a line of the table: column names, or numbers with `digits`, BER with two."""
+    text = ""
+    for column, cell in cells.items():
+        if not isinstance(cell, str):
+            cell = f"{cell:.{2 if column.startswith('BER') else digits}f}"
+        text += f"  {cell:>{max(6, len(column))}}"
     say(f"{first:<20}  {second:>6}{text}")
 
 
 def print_metrics(name: str, images: int, metrics: dict[str, float]) -> None:
     """Print a dataset's row and, where images and columns are the paper's, the paper's rows."""
-    print_row(name, images, format_metrics(metrics))
+    print_row(name, images, metrics)
     published_images, *rows = PUBLISHED.get(plain_name(name), (0,))
     for model, row in zip(("TS-SAM_B", "TS-SAM_H"), rows, strict=False):
         if images == published_images and len(row) == len(metrics):
-            published = dict(zip(metrics, row, strict=True))
-            print_row(f"  {model}, paper", "", format_metrics(published, 3))
+            print_row(f"  {model}, paper", "", dict(zip(metrics, row, strict=True)), digits=3)
 
 
 def check_csv(path: Path) -> None:
-    """Refuse a file to which no row of this script can be appended."""
-    if path.exists():
-        content = path.read_text("utf-8", "surrogateescape")
-        if not content.startswith(",".join(CSV_COLUMNS) + "\n") or not content.endswith("\n"):
-            raise InputError(f"--csv: {path} is no table of this evaluate.py; pass another file")
+    """Refuse a file to which no row can be appended."""
+    with path.open("a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
+        file.seek(0)
+        header = file.readline()
+        whole = file.read()[-1:] in ("", "\n")
+    if header and (header.split() != [",".join(CSV_COLUMNS)] or not whole):
+        raise InputError(
+            f"--csv: {path} was not written by this version of evaluate.py; pass another"
+        )
 
 
 def append_csv(path: Path, row: dict) -> None:
@@ -654,7 +664,7 @@ def append_csv(path: Path, row: dict) -> None:
 
 
 def draw_overview(rows: list[tuple], path: Path) -> None:
-    """Draw rows of (title, image, ground truth, prediction) into one PNG; nothing is stretched."""
+    """Draw rows of (title, image file, mask file, prediction) into one PNG; nothing is stretched."""
     box = (240, 160)
     column = box[0] + 6
     line = box[1] + 26
@@ -662,10 +672,11 @@ def draw_overview(rows: list[tuple], path: Path) -> None:
     draw = ImageDraw.Draw(sheet)
     for x, name in enumerate(("image", "ground truth", "prediction as saved")):
         draw.text((x * column + 3, 3), name, fill="black", font_size=12)
-    for y, (title, *panels) in enumerate(rows):
+    for y, (title, image_file, mask_file, prediction) in enumerate(rows):
         top = 20 + y * line
         title = title.encode("ascii", "replace").decode()
         draw.text((3, top + 3), title, fill="black", font_size=12)
+        panels = (read_image(image_file, has_mask=True), read_mask(mask_file), prediction)
         for x, panel in enumerate(panels):
             sheet.paste(ImageOps.contain(panel.convert("RGB"), box), (x * column + 3, top + 20))
     write_atomically(path, lambda file: sheet.save(file, "PNG"))
@@ -674,8 +685,10 @@ def draw_overview(rows: list[tuple], path: Path) -> None:
 # -------------------------------------------------------------------------------------------------
 # What both scripts share: threads, messages, options, errors, stopping
 
-RANK = int(os.environ.get("RANK", 0))  # torchrun's number of this process, and of processes
-WORLD = int(os.environ["WORLD_SIZE"]) if "RANK" in os.environ else 1
+# The number of this process and of processes, of torchrun or of a launcher that sets both.
+UNDER_TORCHRUN = {"RANK", "WORLD_SIZE"} <= os.environ.keys()
+RANK = int(os.environ["RANK"]) if UNDER_TORCHRUN else 0
+WORLD = int(os.environ["WORLD_SIZE"]) if UNDER_TORCHRUN else 1
 tqdm.set_lock(threading.RLock())  # its own is a lock between processes
 
 
@@ -703,7 +716,7 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
 
 
 def say(text: object, file: TextIO | None = None) -> None:
-    """Print a line; of torchrun's processes the first does. A closed pipe or a full disk stops nothing."""
+    """Print a line; of torchrun's processes the first does. A closed pipe or a full disk is ignored."""
     if RANK == 0:
         with suppress(OSError):
             print(text, file=file, flush=True)
@@ -748,10 +761,10 @@ def add_machine_options(parser: Parser) -> argparse._ArgumentGroup:
     """The options both scripts have; returns their group."""
     device = "cuda" if torch.cuda.is_available() else "cpu"
     cores = min(8, os.cpu_count() or 1)
-    group = parser.add_argument_group("machine; these change no number by more than rounding")
+    group = parser.add_argument_group("machine; results change by rounding error at most")
     # fmt: off
-    group.add_argument("--workers", type=number(0),   default=cores, help=f"threads that read images, and as many that score them; 0: none (here {cores})")
-    group.add_argument("--device",  default=device,                  help=f"cuda, cuda:1, cpu, ... (here {device})")
+    group.add_argument("--workers", type=number(0),   default=cores, help=f"threads that read images, and as many that score them; 0: none (default here: {cores})")
+    group.add_argument("--device",  default=device,                  help=f"cuda, cuda:1, cpu, ... (default here: {device})")
     # fmt: on
     return group
 
@@ -773,7 +786,7 @@ def check_device(args: argparse.Namespace) -> None:
 
 
 def peak_memory(device: str) -> float:
-    """MB this process has held at most: of the GPU's memory, or on a CPU of the machine's."""
+    """Peak memory in MB: the GPU's on CUDA, else the process's."""
     if device.startswith("cuda"):
         return torch.cuda.max_memory_allocated(device) / 2**20
     try:
@@ -796,7 +809,7 @@ def on_stop(message: Callable[[], str]) -> None:
             os.write(2, f"{start}{Path(sys.argv[0]).name}: {message()}\n".encode())
         os._exit(130)
 
-    if threading.current_thread() is threading.main_thread():  # no other may
+    if threading.current_thread() is threading.main_thread():  # others may not
         signal.signal(signal.SIGINT, stop)
         signal.signal(signal.SIGTERM, stop)
 
@@ -823,10 +836,8 @@ def run(main: Callable[[], None]) -> None:
             f"too little memory ({one_line(error)}); try --grad-checkpoint, --accumulate or --precision"
             " bf16 in training, or a lower --batch-size, --size or --sam"
         )
-    if RANK > 0:
-        time.sleep(
-            3
-        )  # what all of torchrun's processes meet, the first says, and torchrun ends this one
+    if RANK > 0:  # what all processes meet, the first says, and torchrun ends this one meanwhile
+        time.sleep(3)
     print(f"{Path(sys.argv[0]).name}: error: {message}", file=sys.stderr)
     sys.exit(2)
 
@@ -880,11 +891,11 @@ def parse_arguments() -> argparse.Namespace:
     return args
 
 
-def find_test_sets(roots: list[Path], args: argparse.Namespace) -> list[ImageSet]:
-    """The datasets to score; with --maps, their images are the maps."""
-    datasets = find_sets(
-        roots, TEST if roots == args.data else VALIDATION, need_masks=args.save is None
-    )
+def find_test_sets(
+    roots: list[Path], splits: tuple[str, ...], args: argparse.Namespace
+) -> list[ImageSet]:
+    """The datasets to score; with --maps, the maps are their images."""
+    datasets = find_sets(roots, splits, need_masks=args.save is None)
     names = [s.name for s in datasets]
     for i, s in enumerate(datasets):
         if names.count(s.name) > 1:
@@ -892,21 +903,22 @@ def find_test_sets(roots: list[Path], args: argparse.Namespace) -> list[ImageSet
                 f"--data: {s.folder}: another dataset is called {s.name} too; score them one at a time"
             )
         if args.maps is not None:
-            datasets[i] = s = s._replace(pairs=find_maps(args.maps, s))
+            s = s._replace(pairs=find_maps(args.maps, s, alone=len(datasets) == 1))
+            datasets[i] = s
         say(s)
         check_files(s, args.workers)
     return datasets
 
 
-def find_maps(maps: Path, dataset: ImageSet) -> list[Pair]:
+def find_maps(maps: Path, dataset: ImageSet, alone: bool) -> list[Pair]:
     """The (map, mask) files of a dataset.
 
-    Maps lie in its folder under `maps` (DUTS-TE, or DUTS, in any case), or in `maps` itself where
-    that has no folders.
+    Maps lie in its folder under `maps` (DUTS-TE, or DUTS, in any case), or in `maps` itself if that
+    has no folders and the dataset is alone.
     """
     folders = subfolders(maps)
     fitting = [f for f in folders if plain_name(f.name) == plain_name(dataset.name)]
-    if not folders:
+    if alone and not folders:
         fitting = [maps]
     if len(fitting) != 1:
         found = f"{len(fitting)} folders that fit" if fitting else "no folder for"
@@ -936,14 +948,9 @@ def prepare_save(save: Path, ckpt: Path) -> None:
     source.write_bytes(content)
 
 
-Result = tuple[
-    Path, str, ImageSet, list[dict]
-]  # checkpoint or maps, task, dataset, `score` of each image
-
-
-def score_checkpoints(args: argparse.Namespace) -> Iterator[Result]:
-    """Predict and score each dataset with each checkpoint."""
-    datasets = find_test_sets(args.data or [], args)
+def score_checkpoints(args: argparse.Namespace) -> Iterator[tuple]:
+    """Predict and score each dataset with each checkpoint: (checkpoint, task, dataset, rows)."""
+    datasets = find_test_sets(args.data, TEST, args) if args.data else []
     for file in args.ckpt:
         model, info = load_checkpoint(file, args.sam_checkpoint)
         model.store_encoder(PRECISIONS[args.precision])
@@ -955,25 +962,23 @@ def score_checkpoints(args: argparse.Namespace) -> Iterator[Result]:
                 raise InputError(
                     f"--ckpt: {file}: trained without a validation set; pass datasets with --data"
                 )
-            datasets = find_test_sets([Path(folder) for folder in info["val"]], args)
+            roots = [Path(folder) for folder in info["val"]]
+            datasets = find_test_sets(roots, VALIDATION, args)
         if args.save is not None:
             prepare_save(args.save, file)
         for dataset in datasets:
-            folder = None
-            if args.save is not None:
-                folder = args.save / dataset.name
-                folder.mkdir(exist_ok=True)
-            with autocast(args.device, args.precision):
-                sizes = (args.batch_size, args.workers)
-                rows = list(evaluate(model, dataset.pairs, task, args.protocol, *sizes, folder))
-            yield file, task, dataset, rows
+            save = args.save and args.save / dataset.name
+            with autocast(args):
+                rows = score_images(
+                    model, dataset.pairs, task, args.protocol, args.batch_size, args.workers, save
+                )
+                yield file, task, dataset, list(rows)
 
 
-def score_saved_maps(args: argparse.Namespace) -> Iterator[Result]:
-    """Score each dataset's maps."""
-    for dataset in find_test_sets(args.data, args):
-        rows = list(score_maps(dataset, args.task, args.workers))
-        yield args.maps, args.task, dataset, rows
+def score_saved_maps(args: argparse.Namespace) -> Iterator[tuple]:
+    """Score each dataset's maps: (folder of maps, task, dataset, rows)."""
+    for dataset in find_test_sets(args.data, TEST, args):
+        yield args.maps, args.task, dataset, list(score_maps(dataset, args.task, args.workers))
 
 
 def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
@@ -984,20 +989,17 @@ def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
         image_file, mask_file = dataset.pairs[i]
         title = f"{which}: {image_file.stem}, S {rows[i]['S']:.4f}"
         prediction = open_image(save / dataset.name / f"{image_file.stem}.png")
-        shown.append((title, read_image(image_file, True), read_mask(mask_file), prediction))
+        shown.append((title, image_file, mask_file, prediction))
     draw_overview(shown, save / f"overview-{dataset.name}.png")
 
 
 def main() -> None:
     args = parse_arguments()
-    print(
-        f"protocol: {args.protocol}; {f'task: {args.task}' if args.maps else f'precision: {args.precision}'}"
-    )
+    say(f"protocol: {args.protocol}")
+    say(f"task: {args.task}" if args.maps else f"precision: {args.precision}")
     results = score_saved_maps(args) if args.maps else score_checkpoints(args)
     header = None
-    start = time.monotonic()
     for source, task, dataset, rows in results:
-        cost = f"{len(rows) / (time.monotonic() - start):.2f} images/s, {peak_memory(args.device):.0f} MB"
         if rows[0]:
             metrics = average(rows, task, args.protocol)
             if header != metrics.keys():
@@ -1011,8 +1013,8 @@ def main() -> None:
             if args.save is not None:
                 save_overview(dataset, rows, args.save)
         if args.save is not None:
-            say(f"{dataset.name}: {len(rows)} maps in {args.save / dataset.name}, {cost}")
-        start = time.monotonic()
+            say(f"{dataset.name}: {len(rows)} maps in {args.save / dataset.name}")
+    say(f"peak memory: {peak_memory(args.device):.0f} MB")
 
 
 if __name__ == "__main__":

@@ -958,7 +958,7 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
         (
             "twice",
             evaluate.TEST,
-            "a.jpg: a.bmp has the same name but for its ending; put masks into",
+            "a.jpg: a.bmp has the same name but for its extension; put masks into",
         ),
         ("several", evaluate.TEST, "several: several folders of one kind, GT and masks"),
         ("two", evaluate.TRAIN, r"two contains several datasets \(A, B\); pass one"),
@@ -983,7 +983,7 @@ def test_images_alone(tmp_path, capsys):
     Image.new("RGB", (9, 9)).save(folder / "c.tif")
     (folder / "d.heic").touch()
     (folder / "d.mpg").touch()
-    warning = "photos: skipped 2 files whose endings Pillow does not know, such as d.heic"
+    warning = "photos: skipped 2 files whose extensions Pillow does not know, such as d.heic"
     for roots in ([folder], sorted(folder.iterdir())):  # a folder, or photos/*
         evaluate.warn.cache_clear()
         (s,) = evaluate.find_sets(roots, evaluate.TEST, need_masks=False)
@@ -1058,7 +1058,7 @@ def test_files_that_may_be_wrong_are_counted(tmp_path, capsys):
     Image.fromarray(np.full((40, 48), 1000, np.uint16)).save(tmp_path / "deep.png")
     check("deep", [(tmp_path / "deep.png", pairs[3][1])])
     assert (
-        "warning: deep: 1 of 1 files have more than 8 bits, which are cut off"
+        "warning: deep: 1 of 1 files have more than 8 bits per channel; values"
         in capsys.readouterr().err
     )
     exif = Image.Exif()
@@ -1285,7 +1285,9 @@ def test_protocols_from_files_to_numbers(tmp_path, mixed_pairs, task, protocol):
     maps.mkdir()
     results = []
     for batch_size, workers, save in ((1, 0, None), (4, 1, maps)):
-        rows = [*evaluate.evaluate(model, mixed_pairs, task, protocol, batch_size, workers, save)]
+        rows = [
+            *evaluate.score_images(model, mixed_pairs, task, protocol, batch_size, workers, save)
+        ]
         results.append(evaluate.average(rows, task, protocol))
     assert results[0] == results[1] == pytest.approx(expected, abs=1e-4)
     for image_file, _ in mixed_pairs:
@@ -1299,7 +1301,7 @@ def test_protocols_from_files_to_numbers(tmp_path, mixed_pairs, task, protocol):
             evaluate.score_map((maps / f"{i}.png", mixed_pairs[i][1]), task) for i in same_size
         ]
         again = [
-            *evaluate.evaluate(model, [mixed_pairs[i] for i in same_size], task, protocol, 2, 0)
+            *evaluate.score_images(model, [mixed_pairs[i] for i in same_size], task, protocol, 2, 0)
         ]
         for a, b in zip(saved, again, strict=True):
             assert all(np.array_equal(a[name], b[name]) for name in b)
@@ -1500,7 +1502,7 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
     assert torch.load("cut/last.pt", weights_only=True)["epoch"] == 1
     resume = "--resume --out cut --workers 2"
     stopped = in_a_process(["-c", IN_A_PROCESS, "SIGTERM-2"], resume)  # after validation
-    line = "train.py: stopped; `python train.py --resume --out cut` goes on after epoch 1\n"
+    line = "stopped; `python train.py --resume --out cut` continues after the last whole epoch\n"
     assert stopped.returncode == 130 and stopped.stderr.endswith(line), stopped.stderr
     ended = run(train, resume)
     assert ended.code == 0 and "resume: after epoch 1\n" in ended.out, ended.err
@@ -1526,7 +1528,7 @@ def test_what_a_resumed_run_refuses(here, run):
         ),
         ("--epochs 3", "epochs 3, but in this run 2; start"),
         ("--init run/best.pt", "init run/best.pt, but in this run None"),
-        ("--accumulate 2", "micro batch 1, but in this run 2"),
+        ("--accumulate 2", "micro-batches of 2: choose processes x --accumulate accordingly"),
         (
             "--data data/test",
             "training images 3 (x.jpg to z.jpg), but in this run 5 (a.jpg to e.jpg)",
@@ -1547,7 +1549,7 @@ def test_a_run_without_its_best_checkpoint(here, run):
     """last.pt copied alone: the best starts anew."""
     in_a_process(["-c", IN_A_PROCESS, "SIGTERM-3"], f"{SMALL} --epochs 2 --out run")
     stored = torch.load("run/last.pt", weights_only=True)
-    assert stored["epoch"] == 1 and stored["is_validated"]
+    assert stored["epoch"] == 1 and "S" in stored["rows"][0]
     torch.save(stored | {"best_score": 2.0}, "run/last.pt")  # never to be reached
     Path("run/best.pt").unlink()
     ended = run(train, "--resume --out run --workers 0")
@@ -1569,7 +1571,7 @@ def test_two_processes_take_the_step_of_one(here, run):
     # Validation, shared between the two, gives the numbers of one process with the stored weights.
     model, _ = load_checkpoint("two/best.pt")
     pairs = evaluate.find_sets([here / "data"], evaluate.TEST)[0].pairs
-    rows = list(evaluate.evaluate(model, pairs, "sod", "paper", 2, 0))
+    rows = list(evaluate.score_images(model, pairs, "sod", "paper", 2, 0))
     expected = torch.load("two/best.pt", weights_only=True)["metrics"]
     metrics = evaluate.average(rows, "sod", "paper")
     assert metrics == pytest.approx({name: expected[name] for name in metrics}, rel=1e-5)
@@ -1626,7 +1628,7 @@ def test_overlap_is_seen_under_another_spelling(here, run):
     ):
         ended = run(train, f"{flags} --val {val} --out {out}")
         assert ended.code == 0
-        assert ("warning: validation is on images of the training set" in ended.err) == overlaps
+        assert ("warning: some validation images are also training images" in ended.err) == overlaps
 
 
 def test_what_training_refuses_and_says(here, run):
@@ -1651,7 +1653,7 @@ def test_what_training_refuses_and_says(here, run):
         (f"{new} --size 16000000", "too little memory ("),
         (
             f"{new} --lr 1e9",
-            "the loss became nan or infinite; nothing is saved yet; try a lower --lr",
+            "the loss became nan or infinite; nothing is saved yet; start a new run with a",
         ),
         (
             f"{new} --data black",
@@ -1746,15 +1748,15 @@ def test_tables_and_saved_maps(score, monkeypatch):
     monkeypatch.setitem(evaluate.PUBLISHED, "CAMO", (3, *evaluate.PUBLISHED["CAMO"][1:]))
     ended = score(f"{CKPT} {SETS}")
     assert ended.code == 0 and ended.out.startswith(
-        "protocol: paper; precision: fp32\nCAMO: 3 images in"
+        "protocol: paper\nprecision: fp32\nCAMO: 3 images in"
     )
-    header, camo, paper_b, paper_h, ecssd = ended.out.splitlines()[-5:]
+    header, camo, paper_b, paper_h, ecssd = ended.out.splitlines()[-6:-1]
     assert header.split() == ["dataset", "images", "S", "E", "wF", "MAE"] and ecssd.startswith(
         "ECSSD"
     )
     assert paper_b.split()[2:] == ["0.826", "0.862", "0.753", "0.073"]
     assert paper_h.split()[2:] == ["0.887", "0.925", "0.830", "0.047"]
-    assert len({len(line) for line in ended.out.splitlines()[-5:]}) == 1
+    assert len({len(line) for line in ended.out.splitlines()[-6:-1]}) == 1
     ended = score(f"{CKPT} {SETS} --protocol original --csv model.csv --save maps")
     assert ended.code == 0 and "protocol: full-size" in ended.out and "TS-SAM_B" not in ended.out
     names = ["CAMO", "ECSSD", "checkpoint.txt", "overview-CAMO.png", "overview-ECSSD.png"]
@@ -1772,9 +1774,9 @@ def test_tables_and_saved_maps(score, monkeypatch):
     for row in read_rows("maps.csv"):
         assert float(row["meanF"]) < float(row["maxF"]) and float(row["E"]) < float(row["maxE"])
     # Images without masks are predicted, a single one too.
-    for data, folder in (("ECSSD/Imgs", "all"), ("ECSSD/Imgs/b.jpg", "one")):
+    for data, folder, count in (("ECSSD/Imgs", "all", 3), ("ECSSD/Imgs/b.jpg", "one", 1)):
         ended = score(f"{CKPT} --data {data} --save {folder}")
-        assert ended.code == 0 and f"maps in {folder}/Imgs, " in ended.out, ended.err
+        assert ended.code == 0 and f"Imgs: {count} maps in {folder}/Imgs\n" in ended.out, ended.err
         assert Path(f"{folder}/Imgs/b.png").read_bytes() == Path("maps/ECSSD/b.png").read_bytes()
     # The paper's rows belong to the whole dataset.
     monkeypatch.setitem(evaluate.PUBLISHED, "CAMO", (250, *evaluate.PUBLISHED["CAMO"][1:]))
@@ -1828,7 +1830,7 @@ def test_maps_of_other_methods(score):
     ended = score(f"--maps ones {shadow}")  # of 0 and 1, read like masks
     assert (
         ended.code == 0
-        and ended.out.splitlines()[-1].split()[2:] == ["0.00", "0.00"]
+        and ended.out.splitlines()[-2].split()[2:] == ["0.00", "0.00"]
         and not ended.err
     )
     ended = score(f"--maps dark {shadow}")
@@ -1837,7 +1839,10 @@ def test_maps_of_other_methods(score):
         Image.open(file).resize((60, 60)).save(file)
     ended = score("--maps ones --data ECSSD --workers 0")
     assert ended.code == 0
-    assert "warning: ECSSD: 3 of 3 files are not of their mask's size; each is resized" in ended.err
+    assert (
+        "warning: ECSSD: 3 of 3 files differ in size from their masks; both are resized"
+        in ended.err
+    )
 
 
 def test_what_evaluation_refuses(score):
@@ -1862,6 +1867,7 @@ def test_what_evaluation_refuses(score):
             "ECSSD: 1 of 3 maps are missing, such as b.png; there are a.png, c.png",
         ),
         (f"{MAPS} --data data/test", "--maps: maps has no folder for data: CAMO, ECSSD"),
+        (f"--maps several/ECSSD {SETS}", "several/ECSSD has no folder for CAMO"),
         ("--maps several --data ECSSD", "several has 2 folders that fit ECSSD: ECSSD, ecssd_te"),
         (MAPS, "--data: pass the datasets that the maps belong to"),
         (
@@ -1887,8 +1893,14 @@ def test_what_evaluation_refuses(score):
             "--save: maps contains other files than maps of twin.pt",
         ),
         ("--ckpt model.pt twin.pt --save both", "--save: takes the maps of one --ckpt"),
-        (f"{CKPT} {SETS} --csv notes.csv", "--csv: notes.csv is no table of this evaluate.py"),
-        (f"{CKPT} {SETS} --csv edited.csv", "--csv: edited.csv is no table of this evaluate.py"),
+        (
+            f"{CKPT} {SETS} --csv notes.csv",
+            "--csv: notes.csv was not written by this version of evaluate.py",
+        ),
+        (
+            f"{CKPT} {SETS} --csv edited.csv",
+            "--csv: edited.csv was not written by this version of evaluate.py",
+        ),
         (f"{CKPT} --data CAMO/Imgs", "CAMO/Imgs: no folder of masks; looked for gt gts"),
         (CKPT, "model.pt: trained without a validation set; pass datasets with --data"),
         (f"{CKPT} {SETS} --batch-size 0", "argument --batch-size: invalid number value: '0'"),
@@ -1922,13 +1934,11 @@ def test_what_hides_in_a_folder_of_maps(score):
 
 def test_overview_shows_image_mask_and_prediction(tmp_path):
     (image_file, mask_file), *_ = make_pairs(tmp_path, "Imgs + GT", "a")
-    image, mask = Image.open(image_file), Image.open(mask_file)
-    evaluate.draw_overview(
-        [("title", image, mask, Image.new("L", (48, 40), 77))], tmp_path / "x.png"
-    )
+    prediction = Image.new("L", (48, 40), 77)
+    evaluate.draw_overview([("title", image_file, mask_file, prediction)], tmp_path / "x.png")
     pixels = np.asarray(Image.open(tmp_path / "x.png").convert("L")).astype(float)
     panels = [pixels[40 : 40 + 160, 3 + x * 246 :][:, :192] for x in range(3)]
-    truth = np.asarray(mask.resize((192, 160), Image.Resampling.BICUBIC))
+    truth = np.asarray(Image.open(mask_file).resize((192, 160), Image.Resampling.BICUBIC))
     assert panels[0].std() > 30 and np.abs(panels[1] - truth).mean() < 1 and (panels[2] == 77).all()
 
 

@@ -35,7 +35,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import tssam
-from evaluate import RANK, WORLD, Pair, existing, number, say
+from evaluate import RANK, WORLD, Pair, autocast, existing, number, say
 from tssam import TSSAM, InputError
 
 # -------------------------------------------------------------------------------------------------
@@ -66,24 +66,28 @@ def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(logits, masks, weight=weight)
 
 
+def learning_rate(epoch: int, epochs: int, first: float) -> float:
+    """A cosine over the epochs, counted from 1, towards 1e-7 (source: paper; the 1e-7 from the release)."""
+    last = 1e-7
+    return last + (first - last) * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+
+
 # -------------------------------------------------------------------------------------------------
 # The script
-
-MIN_LR = 1e-7  # source: release
 
 # Enough for a few shapes, two CPU cores and a minute or two; command-line options override these.
 DEMO = dict(sam="tiny", sam_checkpoint="random", size=256, epochs=10, batch_size=4, lr=2e-3)
 
-# Fixed by last.pt: --resume refuses other values.
+# Options that --resume may not change.
 EXPERIMENT = ["task", "sam", "size", "epochs", "batch_size", "micro_batch", "lr", "recipe"]
 EXPERIMENT += ["precision", "seed", "csa_blocks", "mrm_blocks", "init", "demo"]
 
 
-def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
-    """The command line; with --resume also the content of last.pt, which fills in what it leaves out."""
+def parse_arguments() -> argparse.Namespace:
+    """The command line; with --resume, last.pt fills in what it leaves out."""
     parser = evaluate.Parser(__doc__)
     data = parser.add_argument_group("data")
-    experiment = parser.add_argument_group("experiment; in brackets the default and its source")
+    experiment = parser.add_argument_group("experiment; in parentheses the default and its source")
     run = parser.add_argument_group("run")
     machine = evaluate.add_machine_options(parser)
     demo = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items())
@@ -96,9 +100,9 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
     experiment.add_argument("--sam-checkpoint",                                         help="SAM's weights, or `random` for a random encoder (checkpoints/<published name>, downloaded if missing)")
     experiment.add_argument("--init",                                                   help="checkpoint to start from, ours or the authors', trained on the same encoder (none: paper)")
     experiment.add_argument("--size",           type=number(1), default=1024,           help="image side, a multiple of 16 (1024: released code)")
-    experiment.add_argument("--epochs",         type=number(1),                         help="(80, shadow 100: paper)")
+    experiment.add_argument("--epochs",         type=number(1),                         help="number of epochs (80, shadow 100: paper)")
     experiment.add_argument("--batch-size",     type=number(1), default=8,              help="images in a step, over all GPUs (8: paper)")
-    experiment.add_argument("--lr",             type=number(0, float), default=8e-4,    help="first learning rate (8e-4: paper)")
+    experiment.add_argument("--lr",             type=number(0, float), default=8e-4,    help="initial learning rate (8e-4: paper)")
     experiment.add_argument("--recipe",         choices=("paper", "released"), default="paper", help="released: AdamW with weight decay 0.01 and horizontal flips, as in the released code (paper: Adam, none)")
     experiment.add_argument("--csa-blocks",     type=number(0), nargs="+",              help="encoder blocks with a CSA, counted from 0, such as 2 3 4 (all: paper)")
     experiment.add_argument("--mrm-blocks",     type=number(0), nargs="+",              help="encoder blocks with an MRM (the last 12: released code)")
@@ -115,14 +119,13 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
         parser.set_defaults(**DEMO)
         args = parser.parse_args()
     args.out = args.out or Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
-    stored = None
     if args.resume:
         if not (args.out / "last.pt").exists():
             raise InputError(
                 f"--resume: {args.out} has no last.pt; pass the run's folder with --out"
             )
-        stored = tssam.load_file(args.out / "last.pt")
-        parser.set_defaults(**stored["args"], out=args.out)
+        last = tssam.load_file(args.out / "last.pt")
+        parser.set_defaults(**last["args"], out=args.out)
         args = parser.parse_args()
     elif args.demo:
         if args.data or args.val:
@@ -141,7 +144,17 @@ def parse_arguments() -> tuple[argparse.Namespace, dict | None]:
             f"--batch-size: {args.batch_size} cannot be split into {WORLD} (processes) x"
             f" {args.accumulate} (--accumulate) equal parts"
         )
-    return args, stored
+    return args
+
+
+def start_processes(args: argparse.Namespace) -> None:
+    """Join torchrun's processes."""
+    device = torch.device(args.device)
+    patience = timedelta(hours=3)  # the others wait while the first downloads SAM's weights
+    if device.type == "cuda":
+        dist.init_process_group("nccl", timeout=patience, device_id=device)
+    else:
+        dist.init_process_group("gloo", timeout=patience)
 
 
 def first_process(work: Callable[[], object]) -> object:
@@ -179,7 +192,7 @@ def claim_out(args: argparse.Namespace) -> TextIO:
 
 
 def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train and to validate on."""
+    """The pairs to train and to validate on; `args` then has their folders, for last.pt."""
     train_sets = evaluate.find_sets([Path(d) for d in args.data], evaluate.TRAIN)
     if args.val is not None:
         val_sets = evaluate.find_sets([Path(d) for d in args.val], evaluate.VALIDATION)
@@ -189,7 +202,7 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
         camo = [s for s in val_sets if evaluate.plain_name(s.name) == "CAMO"]
         if args.task == "cod" and camo:
             val_sets = camo  # 250 images; the four test sets are 6,473 (source: release)
-    args.val = [os.path.abspath(s.folder) for s in val_sets]  # for last.pt
+    args.val = [os.path.abspath(s.folder) for s in val_sets]
     args.data = [os.path.abspath(folder) for folder in args.data]
     for kind, datasets in (("train:", train_sets), ("val:  ", val_sets)):
         for s in datasets:
@@ -202,7 +215,7 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
     val_pairs = [pair for s in val_sets for pair in s.pairs]
     train_files = {image.resolve() for image, _ in train_pairs}
     if not train_files.isdisjoint(image.resolve() for image, _ in val_pairs):
-        evaluate.warn("validation is on images of the training set")
+        evaluate.warn("some validation images are also training images")
     if len(train_pairs) < args.batch_size:
         raise InputError(
             f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; pass a lower"
@@ -211,13 +224,12 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
     return train_pairs, val_pairs
 
 
-def build_model(args: argparse.Namespace, stored: dict | None) -> tuple[TSSAM, dict]:
-    """The model with its weights, and what a checkpoint says about its encoder."""
+def build_model(args: argparse.Namespace) -> tuple[TSSAM, dict]:
+    """The model with its weights, and last.pt's other content (of a new run: `encoder` alone)."""
     is_random = args.sam_checkpoint == "random"
     weights = None if is_random else args.sam_checkpoint
-    if stored is not None:
-        model, _ = tssam.load_checkpoint(args.out / "last.pt", weights)
-        encoder = stored["encoder"]
+    if args.resume:
+        model, stored = tssam.load_checkpoint(args.out / "last.pt", weights)
     else:
         if args.init is not None:  # checked before anything is downloaded
             sam = tssam.read_checkpoint(args.init)["config"]["sam"]
@@ -233,24 +245,41 @@ def build_model(args: argparse.Namespace, stored: dict | None) -> tuple[TSSAM, d
         blocks = (args.csa_blocks, args.mrm_blocks)
         model = tssam.build_tssam(args.sam, args.size, high_freq, weights, *blocks)
         state = model.image_encoder.state_dict()
-        fingerprint = tssam.fingerprint(state)
-        encoder = dict(
-            fingerprint=fingerprint, sam_checkpoint=None, weights=state if is_random else None
-        )
+        encoder = dict(fingerprint=tssam.fingerprint(state), sam_checkpoint=None, weights=None)
+        if is_random:
+            encoder["weights"] = state
+        stored = dict(encoder=encoder)
         if args.init is not None:
             tssam.load_trained(model, args.init)
     if weights is not None:
-        encoder["sam_checkpoint"] = os.path.abspath(weights)
-    if encoder["weights"] is not None:
+        stored["encoder"]["sam_checkpoint"] = os.path.abspath(weights)
+    if stored["encoder"]["weights"] is not None:
         evaluate.warn("the encoder is random, not SAM's: results say nothing about TS-SAM")
     model.grad_checkpoint = args.grad_checkpoint
     model.store_encoder(evaluate.PRECISIONS[args.precision])
-    kind = torch.device(args.device).type if WORLD > 1 else args.device
-    say(f"model: {args.sam} at {args.size} x {args.size}; run: {args.out}")
-    say(
-        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {kind}, {args.precision}"
-    )
-    return model.to(args.device), encoder
+    return model.to(args.device), stored
+
+
+def check_experiment(
+    args: argparse.Namespace, train_pairs: list[Pair], val_pairs: list[Pair], stored: dict
+) -> dict:
+    """The settings that a resumed run must share with last.pt."""
+    experiment = {name: getattr(args, name) for name in EXPERIMENT}
+    for name, pairs in (("training images", train_pairs), ("validation images", val_pairs)):
+        names = [image.name for image, _ in pairs]
+        experiment[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
+    if experiment["micro_batch"] != stored.get("experiment", experiment)["micro_batch"]:
+        before = stored["experiment"]["micro_batch"]
+        raise InputError(
+            f"--resume: micro-batches of {before}: choose processes x --accumulate accordingly"
+        )
+    for name, before in stored.get("experiment", {}).items():
+        if experiment[name] != before:
+            raise InputError(
+                f"--resume: {name.replace('_', ' ')} {experiment[name]}, but in this run {before}; start"
+                " a new run, from its weights with --init"
+            )
+    return experiment
 
 
 def micro_batches(
@@ -282,7 +311,9 @@ def micro_batches(
 def validate(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> dict[str, float]:
     """The metrics on the validation set, under the paper's protocol; processes share the work."""
     own = pairs[RANK::WORLD]
-    rows = list(evaluate.evaluate(model, own, args.task, "paper", args.micro_batch, args.workers))
+    rows = list(
+        evaluate.score_images(model, own, args.task, "paper", args.micro_batch, args.workers)
+    )
     if WORLD > 1:
         shares: list = [None] * WORLD
         dist.all_gather_object(shares, rows)
@@ -290,18 +321,28 @@ def validate(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> dict[
     return evaluate.average(rows, args.task, "paper")
 
 
+def how_to_continue(args: argparse.Namespace) -> str:
+    """The last line of a run that is stopped."""
+    if not (args.out / "last.pt").exists():
+        return "stopped before the first epoch was finished; start again with the same command"
+    command = f"torchrun --nproc_per_node {WORLD}" if WORLD > 1 else "python"
+    command += f" train.py --resume --out {shlex.quote(str(args.out))}"
+    return f"stopped; `{command}` continues after the last whole epoch"
+
+
 def main() -> None:
-    args, stored = parse_arguments()
+    args = parse_arguments()
     if WORLD > 1:
-        on_cuda = args.device.startswith("cuda")
-        device = torch.device(args.device) if on_cuda else None
-        backend = "nccl" if on_cuda else "gloo"
-        patience = timedelta(hours=3)  # the others wait while the first downloads SAM's weights
-        dist.init_process_group(backend, timeout=patience, device_id=device)
+        start_processes(args)
     args.lock = first_process(lambda: claim_out(args))  # held until the process ends
+    evaluate.on_stop(partial(how_to_continue, args))
     train_pairs, val_pairs = find_data(args)
+    model, stored = build_model(args)
     experiment = check_experiment(args, train_pairs, val_pairs, stored)
-    model, encoder = build_model(args, stored)
+    kept_args = experiment | dict(data=args.data, val=args.val)
+    kept_args |= dict(accumulate=args.accumulate, grad_checkpoint=args.grad_checkpoint)
+    about = dict(task=args.task, encoder=stored["encoder"], args=kept_args, val=args.val)
+
     network = model
     if WORLD > 1:  # averages gradients; each process has its own batch norms
         network = DistributedDataParallel(model, broadcast_buffers=False)
@@ -312,37 +353,33 @@ def main() -> None:
         optimizer = torch.optim.Adam(trained, args.lr)
     loss_of = balanced_bce if args.task == "shadow" else bce_iou
     metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
-    autocast = partial(evaluate.autocast, args.device, args.precision)
-    scaler = torch.amp.GradScaler(torch.device(args.device).type, enabled=args.precision == "fp16")
+    device = torch.device(args.device).type
+    scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
     steps = len(train_pairs) // args.batch_size
+    say(f"model: {args.sam} at {args.size} x {args.size}; run: {args.out}")
+    say(
+        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}, {args.precision}"
+    )
 
-    rows: list[dict] = []  # of log.csv
-    is_validated = True  # whether the last one's epoch was
+    rows: list[dict] = []  # of log.csv, and of last.pt's epochs
     best_score = -math.inf
-    if stored is not None:
+    if args.resume:
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
         rows = stored["rows"]
-        is_validated = stored["is_validated"]
-        say(
-            f"resume: after epoch {len(rows)}{'' if is_validated else ', which is validated first'}"
-        )
-        if (args.out / "best.pt").exists():
-            best_score = stored["best_score"]
-        elif val_pairs:
+        best_score = stored["best_score"]
+        say(f"resume: after epoch {len(rows)}")
+        if best_score > -math.inf and not (args.out / "best.pt").exists():
+            best_score = -math.inf
             say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
-    last_epoch = len(rows)  # in last.pt
-    kept_args = experiment | dict(data=args.data, val=args.val, accumulate=args.accumulate)
-    about = dict(task=args.task, encoder=encoder, args=kept_args, val=args.val)
 
-    def save_last(is_validated: bool) -> None:
+    def save_last() -> None:
         if RANK == 0:
             tssam.save_checkpoint(
                 args.out / "last.pt",
                 model,
                 epoch=len(rows),
                 rows=rows,
-                is_validated=is_validated,
                 best_score=best_score,
                 experiment=experiment,
                 optimizer=optimizer.state_dict(),
@@ -350,22 +387,12 @@ def main() -> None:
                 **about,
             )
 
-    def how_to_continue() -> str:
-        if last_epoch == 0:
-            return "stopped before the first epoch was finished; start again with the same command"
-        command = f"torchrun --nproc_per_node {WORLD}" if WORLD > 1 else "python"
-        command += f" train.py --resume --out {shlex.quote(str(args.out))}"
-        return f"stopped; `{command}` goes on after epoch {last_epoch}"
-
-    evaluate.on_stop(how_to_continue)
-    first_epoch = last_epoch + 1 if is_validated else last_epoch
-    for epoch in range(first_epoch, args.epochs + 1):
-        if epoch > last_epoch:  # else its training was finished before the run was stopped
+    # A run that was stopped in an epoch's validation goes on with that.
+    is_pending = bool(rows and val_pairs and metric not in rows[-1])
+    for epoch in range(len(rows) + 1 - is_pending, args.epochs + 1):
+        if epoch > len(rows):
             start = time.monotonic()
-            lr = (
-                MIN_LR
-                + (args.lr - MIN_LR) * (1 + math.cos(math.pi * (epoch - 1) / args.epochs)) / 2
-            )
+            lr = learning_rate(epoch, args.epochs, args.lr)
             optimizer.param_groups[0]["lr"] = lr
             network.train()
             losses = []
@@ -375,8 +402,9 @@ def main() -> None:
                 loss = torch.zeros((), device=args.device)
                 for i in range(args.accumulate):
                     images, masks = next(batches)
-                    network.require_backward_grad_sync = i + 1 == args.accumulate  # averages then
-                    with autocast():
+                    # DistributedDataParallel averages gradients in the last micro-batch alone.
+                    network.require_backward_grad_sync = i + 1 == args.accumulate
+                    with autocast(args):
                         logits = network(images)
                     micro_loss = loss_of(logits, masks) / args.accumulate
                     scaler.scale(micro_loss).backward()
@@ -400,14 +428,13 @@ def main() -> None:
                 seconds=seconds,
             )
             rows.append(row)
-            save_last(is_validated=not val_pairs)  # before validation, which can take long
-            last_epoch = epoch
+            save_last()  # before validation, which can take long
 
         start = time.monotonic()
         row = rows[-1]
         mark = ""
         if val_pairs:
-            with autocast():
+            with autocast(args):
                 metrics = validate(model, val_pairs, args)
             row |= metrics
             score = -row["BER"] if metric == "BER" else row["S"]
@@ -417,10 +444,10 @@ def main() -> None:
                 if RANK == 0:
                     best = args.out / "best.pt"
                     tssam.save_checkpoint(best, model, epoch=epoch, metrics=metrics, **about)
-            save_last(is_validated=True)
         if RANK == 0:
-            with autocast():
+            with autocast(args):
                 write_reports(model, rows, metric, val_pairs, args)
+        save_last()
         seconds = row["seconds"] + time.monotonic() - start
         left = timedelta(seconds=round((args.epochs - epoch) * seconds))
         cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
@@ -429,24 +456,6 @@ def main() -> None:
         say(f"best:  {metric} {abs(best_score):.4f}, {args.out / 'best.pt'}")
     if WORLD > 1:
         dist.destroy_process_group()
-
-
-def check_experiment(
-    args: argparse.Namespace, train_pairs: list[Pair], val_pairs: list[Pair], stored: dict | None
-) -> dict:
-    """What a run may not change half-way; with --resume compared to last.pt."""
-    experiment = {name: getattr(args, name) for name in EXPERIMENT}
-    for name, pairs in (("training images", train_pairs), ("validation images", val_pairs)):
-        names = [image.name for image, _ in pairs]
-        experiment[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
-    for name, value in experiment.items():
-        before = value if stored is None else stored["experiment"][name]
-        if value != before:
-            raise InputError(
-                f"--resume: {name.replace('_', ' ')} {value}, but in this run {before}; start a new run,"
-                " from its weights with --init"
-            )
-    return experiment
 
 
 def end_epoch(model: TSSAM, epoch: int) -> None:
@@ -462,8 +471,8 @@ def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):
         saved = f"last.pt holds epoch {epoch - 1}" if epoch > 1 else "nothing is saved yet"
         raise InputError(
-            f"epoch {epoch}: the {what} became nan or infinite; {saved}; try a lower --lr or"
-            " --precision fp32"
+            f"epoch {epoch}: the {what} became nan or infinite; {saved}; start a new run with a"
+            " lower --lr, or --precision fp32"
         )
 
 
@@ -474,7 +483,7 @@ def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
 def write_reports(
     model: TSSAM, rows: list[dict], metric: str, val_pairs: list[Pair], args: argparse.Namespace
 ) -> None:
-    """Write log.csv, curves.png and, with a validation set, samples.png; without them a run goes on."""
+    """Write log.csv, curves.png and, with a validation set, samples.png; a failure is only warned of."""
 
     def save(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -497,9 +506,7 @@ def draw_samples(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> N
     predictions = evaluate.predict(model, samples, "paper", args.micro_batch, save=True)
     shown = []
     for (image_file, mask_file), prediction in zip(pairs, predictions, strict=True):
-        image = evaluate.read_image(image_file, has_mask=True)
-        mask = evaluate.read_mask(mask_file)
-        shown.append((image_file.stem, image, mask, Image.fromarray(prediction.to_save)))
+        shown.append((image_file.stem, image_file, mask_file, Image.fromarray(prediction.to_save)))
     evaluate.draw_overview(shown, args.out / "samples.png")
 
 
@@ -530,7 +537,7 @@ def draw_demo(root: Path) -> None:
     """Draw 96 + 24 warm shapes on cold backgrounds under `root`, in the layout of DUTS."""
     rng = np.random.default_rng(0)  # always the same ones
 
-    def texture(size: tuple[int, int], darkest: tuple, brightest: tuple) -> Image.Image:
+    def texture(size: list[int], darkest: tuple, brightest: tuple) -> Image.Image:
         colours = rng.integers(darkest, brightest, (9, 9, 3)).astype(np.uint8)
         return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
 
@@ -540,14 +547,12 @@ def draw_demo(root: Path) -> None:
         images.mkdir(parents=True, exist_ok=True)
         masks.mkdir(exist_ok=True)
         for i in range(count):
-            size = tuple(int(side) for side in rng.integers(200, 321, 2))
+            size = rng.integers(200, 321, 2).tolist()
             mask = Image.new("L", size)
-            for _ in range(rng.integers(1, 3)):
-                x, y = rng.uniform(0.3, 0.7, 2) * size
-                radius = rng.uniform(0.15, 0.3) * min(size)
-                sides = int(rng.choice([3, 4, 5, 80]))
+            for sides in rng.choice([3, 4, 5, 80], rng.integers(1, 3)):
+                circle = (*rng.uniform(0.3, 0.7, 2) * size, rng.uniform(0.15, 0.3) * min(size))
                 turn = rng.uniform(0, 360)
-                ImageDraw.Draw(mask).regular_polygon((x, y, radius), sides, turn, fill=255)
+                ImageDraw.Draw(mask).regular_polygon(circle, int(sides), turn, fill=255)
             paint = texture(size, (150, 60, 30), (250, 170, 120))
             background = texture(size, (30, 60, 60), (150, 180, 180))
             image = Image.composite(paint, background, mask)
