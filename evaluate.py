@@ -164,12 +164,12 @@ def pair_files(image_folder: Path, mask_folder: Path | None) -> list[Pair]:
     if mask_folder is None:
         return [(file, None) for file in images.values()]
     masks = image_files(visible(mask_folder))
-    first_mask = next(iter(masks), "")
-    for stem in [stem for stem in images if first_mask.startswith(stem)]:
-        ending = first_mask.removeprefix(stem)  # of all masks: a_mask.png
-        renamed = {mask.removesuffix(ending): file for mask, file in masks.items()}
-        if renamed.keys() == images.keys():
+    ending = os.path.commonprefix([stem[::-1] for stem in masks])[::-1]
+    for i in range(len(ending)):  # one more ending on all masks: a_mask.png
+        renamed = {stem.removesuffix(ending[i:]): file for stem, file in masks.items()}
+        if renamed.keys() >= images.keys():
             masks = renamed
+            break
     without_mask = sorted(images.keys() - masks.keys())
     without_image = sorted(masks.keys() - images.keys())
     if split_of(image_folder) and not split_of(mask_folder):  # it holds the masks of all splits
@@ -199,8 +199,8 @@ def image_files(paths: list[Path]) -> dict[str, Path]:
             others.append(file)
         elif stem in files:
             raise InputError(
-                f"{file}: {files[stem].name} has the same name but for its extension; put masks into a"
-                " folder of their own, called masks"
+                f"{files[stem]} and {file}: the same name but for the extension; put masks into a folder"
+                " of their own, called masks, and pass one folder of photographs at a time"
             )
         else:
             files[stem] = file

@@ -666,7 +666,12 @@ def test_released_checkpoints(tmp_path):
     ):
         with pytest.raises(InputError, match=re.escape(message)):
             load_released(target, broken)
+    with pytest.raises(InputError, match=r"is missing; .*, and \d+ more"):
+        load_released(target, {})
     assert torch.equal(target(images()), before)
+    torch.save({**released, "mask_decoder.extra": torch.zeros(1)}, tmp_path / "extra.pth")
+    with pytest.raises(InputError, match="extra.pth: mask_decoder.extra is unexpected"):
+        load_checkpoint(tmp_path / "extra.pth")
     torch.save(
         {"model": {f"module.{name}": t for name, t in released.items()}}, tmp_path / "wrapped.pth"
     )
@@ -690,7 +695,7 @@ def checkpoint(
 
 
 @torch.no_grad()
-def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path):
+def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path, monkeypatch):
     sam = sam_file(tmp_path / "sam.pth", 64)
     model = build_tssam("tiny", SIZE, True, sam, csa_blocks=[1, 3], mrm_blocks=(0, 2))
     model(images())  # the batch norms' statistics must come back too
@@ -703,6 +708,11 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path):
         rebuilt, info = load_checkpoint(path, given)
         assert (info["task"], info["epoch"], rebuilt.config) == ("shadow", 3, model.config)
         assert torch.equal(rebuilt.eval()(images()), model.eval()(images()))
+    moved = sam.rename(tmp_path / "moved.pth")  # the published weights again, then
+    with monkeypatch.context() as patch:
+        patch.setattr(tssam, "sam_weights", lambda name: moved)
+        assert torch.equal(load_checkpoint(path)[0](images()), model(images()))
+    moved.rename(sam)
     with pytest.raises(InputError, match="best.pt: trained on another encoder than .*other.pth"):
         load_checkpoint(path, sam_file(tmp_path / "other.pth", 64, seed=6))
     state = torch.load(sam, weights_only=True)
@@ -763,6 +773,7 @@ def test_files_that_are_no_checkpoints_are_rejected(tmp_path):
         load_checkpoint(path)
     for content, message in (
         ([1], "contains a list"),
+        ({1: 2}, "contains a dict"),
         ({"a": 1}, "neither .* nor one of the authors' code .*; it contains a"),
     ):
         torch.save(content, path)
@@ -913,6 +924,14 @@ def test_validation_splits(tmp_path, folders, val):
     assert [image.stem for image, _ in s.pairs] == ["a", "b", "c", "d"]
 
 
+def test_a_folder_above_several(tmp_path):
+    make_pairs(tmp_path / "A", "train/Imgs + train/GT")
+    make_pairs(tmp_path / "A", "test/Imgs + test/GT")
+    make_pairs(tmp_path / "B", "Imgs + GT")  # without splits
+    for splits, names in ((evaluate.VALIDATION, ["A", "B"]), (evaluate.TRAIN, ["A"])):
+        assert [s.name for s in evaluate.find_sets([tmp_path], splits)] == names
+
+
 def test_names_of_files(tmp_path):
     """One more ending on all masks, accents as macOS writes them, what systems hide."""
     for name, ending in (("mask", "_mask"), ("segmentation", "_segmentation"), ("gt", "-1")):
@@ -923,6 +942,11 @@ def test_names_of_files(tmp_path):
         assert [(i.stem, m.stem) for i, m in s.pairs] == [
             (n, n + ending) for n in ("a", "a_1", "b")
         ]
+    for split, stems in (("train", "ab"), ("test", "cd")):  # masks of both in one folder
+        for _, mask in make_pairs(tmp_path / "one", f"images/{split} + masks", stems):
+            mask.rename(mask.with_stem(mask.stem + "_mask"))
+    (s,) = evaluate.find_sets([tmp_path / "one"], evaluate.TEST)
+    assert [m.stem for _, m in s.pairs] == ["c_mask", "d_mask"]
     make_pairs(tmp_path / "accents", "Imgs + GT", ("Ku\u0308che",))
     (tmp_path / "accents/GT/Ku\u0308che.png").rename(tmp_path / "accents/GT/K\u00fcche.png")
     assert len(evaluate.find_sets([tmp_path / "accents"], evaluate.TRAIN)[0].pairs) == 1
@@ -932,6 +956,14 @@ def test_names_of_files(tmp_path):
     (tmp_path / "hidden/Imgs/._a.jpg").touch()
     (s,) = evaluate.find_sets([tmp_path / "hidden"], evaluate.TEST)
     assert [image.stem for image, _ in s.pairs] == ["a", "b"]
+    (tmp_path / "hidden/Imgs/a.jpg").rename(tmp_path / "hidden/Imgs/a.JPG")
+    assert len(evaluate.find_sets([tmp_path / "hidden"], evaluate.TRAIN)[0].pairs) == 2
+    for name in ("A", "__MACOSX", "@eaDir", ".x"):
+        make_pairs(tmp_path / "zip" / name, "Imgs + GT")
+    assert [s.name for s in evaluate.find_sets([tmp_path / "zip"], evaluate.TEST)] == ["A"]
+    assert evaluate.matches(Path("my-test"), "test") and not evaluate.matches(
+        Path("latest"), "test"
+    )
     assert evaluate.name_of(Path("/test")) == "test"  # not the root folder
     assert evaluate.name_of(Path("/data/ISTD/test")) == "ISTD"
 
@@ -949,6 +981,11 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
     make_pairs(tmp_path / "odd", "pictures + labels")
     make_pairs(tmp_path / "photos", "Imgs + elsewhere/GT")
     (tmp_path / "empty/Imgs").mkdir(parents=True)
+    make_pairs(tmp_path / "deep/1/2/3/4", "Imgs + GT")
+    assert evaluate.find_sets([tmp_path / "deep"], evaluate.TEST)
+    make_pairs(tmp_path / "deeper/1/2/3/4/5", "Imgs + GT")
+    make_pairs(tmp_path / "orphan", "images/train + masks/train", "ab")
+    (tmp_path / "orphan/images/train/b.jpg").unlink()
     for name, splits, message in (
         ("nowhere", evaluate.TEST, "nowhere: no longer there, .* with --data"),
         (
@@ -959,7 +996,13 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
         (
             "twice",
             evaluate.TEST,
-            "a.jpg: a.bmp has the same name but for its extension; put masks into",
+            "a.bmp and .*a.jpg: the same name but for the extension; put masks into",
+        ),
+        ("deeper", evaluate.TEST, "deeper: no dataset for the test split"),
+        (
+            "orphan",
+            evaluate.TRAIN,
+            "0 images without a mask and 1 masks without an image, such as b",
         ),
         ("several", evaluate.TEST, "several: several folders of one kind, GT and masks"),
         ("two", evaluate.TRAIN, r"two contains several datasets \(A, B\); pass one"),
@@ -992,6 +1035,10 @@ def test_images_alone(tmp_path, capsys):
         assert [(i.name, mask) for i, mask in s.pairs] == [
             (n, None) for n in ("a.jpg", "b.jpg", "c.tif")
         ]
+    (folder / "e.png").mkdir()
+    assert len(evaluate.find_sets([folder], evaluate.TEST, need_masks=False)[0].pairs) == 3
+    with pytest.raises(InputError, match="d.heic is no image, and neither is any other"):
+        evaluate.find_sets([folder / "d.heic"], evaluate.TEST)
     (s,) = evaluate.find_sets([folder / "b.jpg"], evaluate.TEST, need_masks=False)
     assert str(s) == f"photos: 1 images in {folder}, no masks, no splits"
 
@@ -1006,6 +1053,7 @@ def test_masks_of_every_kind(tmp_path):
         (Image.fromarray(disk * 255).convert("1"), disk * 255),
         (Image.fromarray(disk * 255).convert("RGB"), disk * 255),
         (Image.fromarray(disk), disk * 255),  # of 0 and 1
+        (Image.fromarray(disk * 128), disk * 255),
         (palette, disk * 255),
         (Image.fromarray(edges), edges),  # grey levels stay
         (Image.fromarray(disk * 0), disk * 0),
@@ -1056,12 +1104,15 @@ def test_files_that_may_be_wrong_are_counted(tmp_path, capsys):
     ):
         with pytest.raises(InputError, match=message):
             check("few", pairs[i : i + 1])
-    Image.fromarray(np.full((40, 48), 1000, np.uint16)).save(tmp_path / "deep.png")
-    check("deep", [(tmp_path / "deep.png", pairs[3][1])])
-    assert (
-        "warning: deep: 1 of 1 files have more than 8 bits per channel; values"
-        in capsys.readouterr().err
-    )
+    for name, dtype in (("deep.png", np.uint16), ("deep.tif", np.float32)):
+        Image.fromarray(np.full((40, 48), 1000, dtype)).save(tmp_path / name)
+        check("deep", [(tmp_path / name, pairs[3][1])])
+        warning = "warning: deep: 1 of 1 files have more than 8 bits per channel; values above"
+        assert warning in capsys.readouterr().err
+    broken = b"Exif\0\0" + bytes(range(60))
+    Image.open(pairs[3][0]).save(tmp_path / "odd.png", exif=broken)
+    check("odd", [(tmp_path / "odd.png", pairs[3][1])])
+    assert capsys.readouterr().err == ""
     exif = Image.Exif()
     for name, orientation, turned in (("upright", 1, False), ("half", 3, True), ("side", 6, True)):
         exif[0x0112] = orientation
@@ -1082,7 +1133,7 @@ def test_masks_that_two_thresholds_read_differently(tmp_path, capsys):
     check("border", pairs)
     text = "border: 56.25% of the masks' pixels are above 0 (training, paper), 50.00% above 128 (full-size)"
     assert f"warning: {text}, see {pairs[2][1]}\n" == capsys.readouterr().err
-    pixels[20:21] = 100  # a soft edge
+    pixels[20:28] = 100  # in one of four masks: less than a tenth of all
     Image.fromarray(pixels).save(pairs[2][1])
     check("edge", pairs)
     assert capsys.readouterr().err == ""
@@ -1450,7 +1501,7 @@ def test_init_starts_from_trained_weights(here, run):
         ),
         (
             f"--sam-checkpoint {sam} --init {ours} --task shadow",
-            "a shadow checkpoint fits --task shadow",
+            "trained with --task sod, which shares no weights with this one",
         ),
         # Before SAM's weights are downloaded:
         (f"--init {ours}", "ours.pt belongs to tiny, not vit_h; pass --sam tiny"),
@@ -1459,7 +1510,7 @@ def test_init_starts_from_trained_weights(here, run):
         flags = (
             f"{SMALL} {flags}" if "checkpoint" in flags else f"--data data --batch-size 2 {flags}"
         )
-        ended = run(train, f"{flags} --out no")
+        ended = run(train, f"{flags} --epochs 1 --out no")
         assert ended.code == 2 and message in ended.err and ended.err.count("\n") == 1
         assert "downloading" not in ended.out
 
@@ -1493,7 +1544,7 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
     line = "stopped; `python train.py --resume --out cut` continues after the last whole epoch\n"
     assert stopped.returncode == 130 and stopped.stderr.endswith(line), stopped.stderr
     ended = run(train, resume)
-    assert ended.code == 0 and "resume: after epoch 1\n" in ended.out, ended.err
+    assert ended.code == 0 and "resume: after epoch 1 of 3\n" in ended.out, ended.err
     assert numbers("whole/log.csv") == numbers("cut/log.csv")
     for file in ("last.pt", "best.pt"):
         assert same_weights(weights_of(f"whole/{file}"), weights_of(f"cut/{file}"))
@@ -1526,6 +1577,12 @@ def test_what_a_resumed_run_refuses(here, run):
     ):
         ended = run(train, f"--resume --out run --workers 0 {flags}")
         assert ended.code == 2 and f"error: --resume: {message}" in ended.err, ended.err
+    assert (
+        run(train, f"{SMALL} --val other --accumulate 2 --grad-checkpoint --epochs 1 --out v").code
+        == 0
+    )
+    assert run(train, "--resume v --workers 0").code == 0
+    assert torch.load("v/last.pt", weights_only=True)["args"]["grad_checkpoint"]
     # Data that have moved.
     Path("data").rename("moved")
     ended = run(train, "--resume --out run --workers 0")
@@ -1555,16 +1612,19 @@ def test_a_run_without_its_best_checkpoint(here, run, monkeypatch):
 
 
 def test_two_processes_take_the_step_of_one(here, run):
-    """torchrun's two processes step as one process that takes the batch in two parts."""
-    flags = f"{SMALL} --batch-size 4 --epochs 1 --lr 1e-2"
+    """torchrun's two processes step as one process that takes as many micro-batches."""
+    make_pairs(here / "data", "train/Imgs + train/GT", "abcdefgh")
+    flags = f"{SMALL} --batch-size 8 --epochs 1 --lr 1e-2"
     torchrun = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
     train_py = train.__file__
-    ended = in_a_process([*torchrun, train_py], f"{flags} --out two")
+    ended = in_a_process([*torchrun, train_py], f"{flags} --accumulate 2 --out two")
     assert ended.returncode == 0, ended.stderr
     assert ended.stdout.count("epoch 1/1") == 1 and "2 x cpu" in ended.stdout  # said once
-    assert run(train, f"{flags} --accumulate 2 --out one").code == 0
+    assert run(train, f"{flags} --accumulate 4 --out one").code == 0
     one, two = weights_of("one/last.pt"), weights_of("two/last.pt")
     assert all(torch.allclose(one[n], two[n], atol=2e-5) for n in one if not is_statistic(n))
+    losses = [float(numbers(f"{out}/log.csv")[0]["loss"]) for out in ("one", "two")]
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)
     # Validation, shared between the two, gives the numbers of one process with the stored weights.
     model, _ = load_checkpoint("two/best.pt")
     pairs = evaluate.find_sets([here / "data"], evaluate.TEST)[0].pairs
@@ -1598,6 +1658,11 @@ def test_runs_are_kept_apart(here, run):
     message = "--out: run contains a run (last.pt); continue it with --resume, or pass a new folder"
     assert ended.code == 2 and f"{message}, such as --out run-2" in ended.err
     assert Path("run/slurm-17.out").exists()
+    for name in ("best.pt", "log.csv", "curves.png", "samples.png"):
+        Path("o").mkdir()
+        Path("o", name).touch()
+        assert f"contains a run ({name})" in run(train, f"{SMALL} --epochs 1 --out o").err
+        shutil.rmtree("o")
 
 
 def test_a_report_that_cannot_be_written_is_a_warning(here, run, monkeypatch):
@@ -1657,6 +1722,7 @@ def test_what_training_refuses_and_says(here, run):
             "black: 2 of 2 masks are empty (such as a.jpg); check how black/GT was made",
         ),
         (f"{new} --data nowhere", "argument --data: nowhere: no such file or folder"),
+        (f"{new} --data data ./data", "--data: the same images are given twice"),
         (f"{new} --device cuda:77", "--device: cuda:77 cannot be used here"),
         (f"{new} --data broken --workers 2", ".jpg: cannot be read as an image ("),
         (f"{new} --size 100", "--size: 100 is not a positive multiple of 16"),
@@ -1667,17 +1733,24 @@ def test_what_training_refuses_and_says(here, run):
         assert ended.code == 2 and message in ended.err.splitlines()[-1], ended.err
         assert ended.err.startswith(("train.py: error", "warning:")), ended.err
     assert not Path("out/best.pt").exists()
+    model = tiny()
+    model.ffd.head.bias.data.fill_(math.nan)
+    with pytest.raises(InputError, match="epoch 3: the weights became nan .*last.pt holds epoch 2"):
+        train.end_epoch(model, 3)
     # A bug keeps its traceback.
     with pytest.raises(ZeroDivisionError):
         evaluate.run(lambda: 1 / 0)
     # Without a validation set; with several for COD, where CAMO alone is used.
     ended = run(train, f"{SMALL} --data data/train --epochs 1 --out none")
     assert ended.code == 0 and "val:   none" in ended.out and not Path("none/best.pt").exists()
+    assert run(train, "--resume none --workers 0").code == 0
     for name in ("CAMO", "NC4K"):
         make_pairs(here / "COD", f"TestDataset/{name}/Imgs + TestDataset/{name}/GT")
     make_pairs(here / "COD", "TrainDataset/Imgs + TrainDataset/GT")
     ended = run(train, f"{TINY} --data COD --task cod --epochs 1 --out cod")
     assert ended.code == 0 and "val:   CAMO: " in ended.out and "NC4K" not in ended.out
+    ended = run(train, f"{TINY} --data COD --epochs 1 --out sod")
+    assert ended.code == 0 and "val:   NC4K: " in ended.out
 
 
 NOTEBOOK = """
@@ -1780,7 +1853,7 @@ def test_tables_and_saved_maps(score, monkeypatch):
         assert float(row["meanF"]) < float(row["maxF"]) and float(row["E"]) < float(row["maxE"])
     # Images without masks are predicted, a single one too.
     for data, folder, count in (("ECSSD/Imgs", "all", 3), ("ECSSD/Imgs/b.jpg", "one", 1)):
-        ended = score(f"{CKPT} --data {data} --save {folder}")
+        ended = score(f"{CKPT} --data {data} --save {folder} --protocol full-size")
         assert ended.code == 0 and f"Imgs: {count} maps in {folder}/Imgs\n" in ended.out, ended.err
         assert Path(f"{folder}/Imgs/b.png").read_bytes() == Path("maps/ECSSD/b.png").read_bytes()
     # The paper's rows belong to the whole dataset.

@@ -109,7 +109,7 @@ def parse_arguments() -> argparse.Namespace:
     experiment.add_argument("--seed",           type=number(0), default=0,              help="of initial weights and order of images (0: ours)")
     experiment.add_argument("--precision",      choices=tuple(evaluate.PRECISIONS),     help="of the network; losses, FFT and metrics are fp32 (bf16 on a GPU that has it, else fp32: ours)")
     run.add_argument("--out",                   type=Path,                              help="a folder without a run (default runs/<task>-<sam>)")
-    run.add_argument("--resume",                action="store_true",                    help="continue the run in --out after its last whole epoch")
+    run.add_argument("--resume",                type=Path, nargs="?", const=True,       help="continue the run in RESUME, or in --out, after its last whole epoch")
     run.add_argument("--accumulate",            type=number(1), default=1,              help="split each batch into N micro-batches; batch norms see one at a time (default 1)")
     machine.add_argument("--grad-checkpoint",   action="store_true",                    help="recompute the encoder's blocks in backward: less memory")
     # fmt: on
@@ -120,6 +120,8 @@ def parse_arguments() -> argparse.Namespace:
         args = parser.parse_args()
     args.out = args.out or Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
     if args.resume:
+        if args.resume is not True:
+            args.out = args.resume
         if not (args.out / "last.pt").exists():
             raise InputError(
                 f"--resume: {args.out} has no last.pt; pass the run's folder with --out"
@@ -194,7 +196,7 @@ def claim_out(args: argparse.Namespace) -> TextIO:
 def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
     """The pairs to train and to validate on; `args` then has their folders, for last.pt."""
     train_sets = evaluate.find_sets([Path(d) for d in args.data], evaluate.TRAIN)
-    if args.val is not None:
+    if args.val:
         val_sets = evaluate.find_sets([Path(d) for d in args.val], evaluate.VALIDATION)
     else:
         found = [s for d in args.data for s in evaluate.find_split(Path(d), evaluate.VALIDATION)]
@@ -214,6 +216,8 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
     train_pairs = [pair for s in train_sets for pair in s.pairs]
     val_pairs = [pair for s in val_sets for pair in s.pairs]
     train_files = {image.resolve() for image, _ in train_pairs}
+    if len(train_files) < len(train_pairs):
+        raise InputError("--data: the same images are given twice")
     if not train_files.isdisjoint(image.resolve() for image, _ in val_pairs):
         evaluate.warn("some validation images are also training images")
     if len(train_pairs) < args.batch_size:
@@ -368,7 +372,7 @@ def main() -> None:
         scaler.load_state_dict(stored["scaler"])
         rows = stored["rows"]
         best_score = stored["best_score"]
-        say(f"resume: after epoch {len(rows)}")
+        say(f"resume: after epoch {len(rows)} of {args.epochs}")
         if best_score > -math.inf and not (args.out / "best.pt").exists():
             best_score = -math.inf
             say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")

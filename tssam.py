@@ -709,7 +709,10 @@ def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
             " encoder: the right --seed)"
         )
     if content["config"]["high_freq"] != model.config["high_freq"]:
-        raise InputError(f"{path}: a shadow checkpoint fits --task shadow, and no other does")
+        raise InputError(
+            f"{path}: trained with --task {content['task']}, which shares no weights with"
+            " this one: shadow checkpoints fit --task shadow alone"
+        )
     copy_tensors(content["trained"], trained_part(model.state_dict()), str(path))
 
 
