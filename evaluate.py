@@ -609,11 +609,11 @@ CSV_COLUMNS = ("model", "dataset", "images", "protocol", *METRICS, "precision")
 # Tables I (S, E, wF, MAE) and II (BER) of the paper. Table III's numbers are not at hand.
 # fmt: off
 PUBLISHED = {  # dataset: number of images, TS-SAM_B, TS-SAM_H
-    "CHAMELEON": (76,   (0.912, 0.947, 0.849, 0.023), (0.942, 0.966, 0.900, 0.017)),
-    "CAMO":      (250,  (0.826, 0.862, 0.753, 0.073), (0.887, 0.925, 0.830, 0.047)),
-    "COD10K":    (2026, (0.863, 0.909, 0.771, 0.029), (0.914, 0.950, 0.856, 0.017)),
-    "NC4K":      (4121, (0.866, 0.900, 0.799, 0.045), (0.905, 0.933, 0.860, 0.032)),
-    "ISTD":      (540,  (1.11,), (1.04,)),
+    "CHAMELEON": (76,   dict(S=0.912, E=0.947, wF=0.849, MAE=0.023), dict(S=0.942, E=0.966, wF=0.900, MAE=0.017)),
+    "CAMO":      (250,  dict(S=0.826, E=0.862, wF=0.753, MAE=0.073), dict(S=0.887, E=0.925, wF=0.830, MAE=0.047)),
+    "COD10K":    (2026, dict(S=0.863, E=0.909, wF=0.771, MAE=0.029), dict(S=0.914, E=0.950, wF=0.856, MAE=0.017)),
+    "NC4K":      (4121, dict(S=0.866, E=0.900, wF=0.799, MAE=0.045), dict(S=0.905, E=0.933, wF=0.860, MAE=0.032)),
+    "ISTD":      (540,  dict(BER=1.11), dict(BER=1.04)),
 }
 # fmt: on
 
@@ -633,13 +633,14 @@ def print_row(first: str, second: object, cells: dict, digits: int = 4) -> None:
     say(f"{first:<20}  {second:>6}{text}")
 
 
-def print_metrics(name: str, images: int, metrics: dict[str, float]) -> None:
-    """Print a dataset's row and, where images and columns are the paper's, the paper's rows."""
+def print_metrics(name: str, images: int, metrics: dict[str, float], protocol: str) -> None:
+    """Print a dataset's row and, where images and protocol are the paper's, the paper's rows."""
     print_row(name, images, metrics)
     published_images, *rows = PUBLISHED.get(plain_name(name), (0,))
-    for model, row in zip(("TS-SAM_B", "TS-SAM_H"), rows, strict=False):
-        if images == published_images and len(row) == len(metrics):
-            print_row(f"  {model}, paper", "", dict(zip(metrics, row, strict=True)), digits=3)
+    if images == published_images and protocol == "paper":
+        for model, row in zip(("TS-SAM_B", "TS-SAM_H"), rows, strict=True):
+            cells = {column: row.get(column, "") for column in metrics}
+            print_row(f"  {model}, paper", "", cells, digits=3)
 
 
 def check_csv(path: Path) -> None:
@@ -1005,7 +1006,7 @@ def main() -> None:
             if header != metrics.keys():
                 header = metrics.keys()
                 print_row("dataset", "images", {column: column for column in header})
-            print_metrics(dataset.name, len(rows), metrics)
+            print_metrics(dataset.name, len(rows), metrics, args.protocol)
             if args.csv is not None:
                 row = dict(model=source, dataset=dataset.name, images=len(rows))
                 row |= dict(protocol=args.protocol, precision=args.precision)
