@@ -1179,9 +1179,10 @@ def test_masks_of_every_kind(tmp_path):
     large = disk.repeat(8, axis=0).repeat(8, axis=1)
     for ending in ("jpg", "webp", "jp2", "avif", "mpo"):
         file = tmp_path / f"mask.{ending}"
-        options = dict(quality_layers=[20], irreversible=True) if ending == "jp2" else {}
+        jp2 = dict(quality_layers=[20], irreversible=True)
+        options = jp2 if ending == "jp2" else dict(quality=60)
         Image.fromarray(large * 255).convert("RGB").save(file, **options)
-        assert len(np.unique(Image.open(file))) > 10  # faint noise around the object
+        assert len(np.unique(Image.open(file))) > 2  # faint noise around the object
         read = np.asarray(evaluate.read_mask(file))
         assert set(np.unique(read)) == {0, 255} and np.mean((read > 0) != large) < 0.02, ending
     deep = Image.fromarray(disk.astype(np.uint16) * 65535)
@@ -2602,9 +2603,9 @@ def test_the_demos_dataset(tmp_path):
             twin = tmp_path / "b" / file.relative_to(tmp_path / "a")
             assert file.read_bytes() == twin.read_bytes()
         pixels, mask = np.asarray(Image.open(image_file)).astype(int), Image.open(mask_file)
-        warm = pixels[..., 0] > pixels[..., 2] + 10
+        warmth = pixels[..., 0] - pixels[..., 2]
         truth = np.asarray(mask) > 0
-        assert np.mean(warm == truth) > 0.8
+        assert warmth[truth].mean() > 50 > warmth[~truth].mean()
         areas.append(truth.mean())
     assert 0.05 < np.mean(areas) < 0.4
 
