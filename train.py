@@ -3,6 +3,7 @@
     python train.py --task sod --data DUTS          TS-SAM_H as in the paper; --sam vit_b for TS-SAM_B
     python train.py --task cod --data COD           validates on CAMO's test images
     python train.py --task shadow --data ISTD       with the high-frequency embedding, 100 epochs
+    python train.py --data photos,masks --val 0.1   your own images and masks, a tenth to validate on
     python train.py --demo                          draws a small dataset and trains on it, without a GPU
 
 The defaults are the paper's values: Adam, learning rate 8e-4 falling along a cosine, a batch of 8,
@@ -19,8 +20,9 @@ import os
 import shlex
 import time
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from datetime import timedelta
-from functools import partial
+from functools import cache, partial
 from itertools import islice
 from pathlib import Path
 from typing import TextIO
@@ -30,16 +32,16 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from PIL import Image, ImageDraw
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import tssam
-from evaluate import RANK, WORLD, Pair, autocast, existing, number, say
+from evaluate import LOCAL_WORLD, PAPER, RANK, WORLD, ImageSet, Pair, number, say
 from tssam import TSSAM, InputError
 
 # -------------------------------------------------------------------------------------------------
-# Losses (source: paper; their form from the release)
+# Losses and schedule (source: paper; their form from the release)
 
 
 def bce_iou(logits: Tensor, masks: Tensor) -> Tensor:
@@ -73,67 +75,271 @@ def learning_rate(epoch: int, epochs: int, first: float) -> float:
 
 
 # -------------------------------------------------------------------------------------------------
+# An epoch
+
+
+def train_epoch(
+    network: nn.Module,
+    optimizer: torch.optim.Optimizer,
+    scaler: torch.amp.GradScaler,
+    pairs: list[Pair],
+    args: argparse.Namespace,
+    epoch: int,
+) -> dict:
+    """Take an epoch's steps; returns its row of log.csv. `network` is a TSSAM or shares one."""
+    start = time.monotonic()
+    network.train()
+    optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.epochs, args.lr)
+    loss_of = balanced_bce if args.task == "shadow" else bce_iou
+    steps = len(pairs) // args.batch_size
+    losses = []  # on the device
+    batches = micro_batches(pairs, args, epoch)
+    bar = evaluate.progress(range(steps), f"epoch {epoch}", steps, "step")
+    for _ in bar:
+        loss = torch.zeros((), device=args.device)
+        for i in range(args.accumulate):
+            images, masks = next(batches)
+            # DistributedDataParallel averages gradients in the last micro-batch alone.
+            network.require_backward_grad_sync = i + 1 == args.accumulate
+            logits = evaluate.run_network(network, images, args.precision)
+            micro_loss = loss_of(logits, masks) / args.accumulate
+            scaler.scale(micro_loss).backward()
+            loss += micro_loss.detach() / WORLD
+        if WORLD > 1:
+            dist.all_reduce(loss)
+        scaler.step(optimizer)
+        scaler.update()
+        optimizer.zero_grad()
+        losses.append(loss)
+        if len(losses) > 1:  # the step before, so that a GPU need not be waited for
+            check_finite("loss", losses[-2:-1], epoch)
+            bar.set_postfix(loss=f"{losses[-2].item():.4f}", refresh=False)
+    batches.close()  # and with it its threads, before validation
+    check_finite("loss", losses[-1:], epoch)
+    check_finite("weights", (p for p in network.parameters() if p.requires_grad), epoch)
+    for buffer in network.buffers() if WORLD > 1 else ():  # the first process's statistics
+        dist.broadcast(buffer, 0)
+    check_finite("statistics", network.buffers(), epoch)
+    seconds = time.monotonic() - start
+    row = dict(epoch=epoch, loss=torch.stack(losses).double().mean().item())
+    row |= dict(lr=optimizer.param_groups[0]["lr"])
+    row |= dict(images_per_s=steps * args.batch_size / seconds, seconds=seconds)
+    if args.device.startswith("cuda"):
+        row["peak_MB"] = evaluate.peak_memory(args.device)
+    return row
+
+
+def micro_batches(
+    pairs: list[Pair], args: argparse.Namespace, epoch: int
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """An epoch's images (B, 3, S, S), normalised, and masks (B, 1, S, S) of 0 and 1, on the device.
+
+    The order follows from seed and epoch alone. An incomplete last batch is dropped; each batch is
+    split into processes x --accumulate micro-batches, of which every process takes its own.
+    """
+    rng = np.random.default_rng((args.seed, epoch))
+    order = rng.permutation(len(pairs))
+    mirrored = rng.random(len(pairs)) < (0.5 if args.recipe == "released" else 0)
+    whole = order[: len(order) // args.batch_size * args.batch_size]
+    own = whole.reshape(-1, WORLD, args.micro_batch)[:, RANK]  # a row: indices of a micro-batch
+    read = partial(evaluate.read_sample, size=args.size, protocol=PAPER)
+    samples = evaluate.in_threads(read, [pairs[i] for i in own.flat], args.workers)
+    for chosen in own:
+        batch = list(islice(samples, len(chosen)))
+        images = evaluate.to_input([sample.pixels for sample in batch], args.device)
+        masks = evaluate.to_device(np.stack([sample.mask for sample in batch]), args.device)
+        masks = masks[:, None].float()
+        for i in np.flatnonzero(mirrored[chosen]):
+            images[i] = images[i].flip(-1)
+            masks[i] = masks[i].flip(-1)
+        yield images, masks
+
+
+def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
+    """Stop a run that has diverged."""
+    if not all(tensor.isfinite().all() for tensor in tensors):
+        saved = f"last.pt holds epoch {epoch - 1}" if epoch > 1 else "nothing is saved yet"
+        raise InputError(
+            f"epoch {epoch}: the {what} became nan or infinite; {saved}; start a new run with a"
+            " lower --lr, or --precision fp32"
+        )
+
+
+def validate(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> dict[str, float]:
+    """The metrics on the validation set, under the paper's protocol; processes share the work."""
+    rows = evaluate.score_images(
+        model,
+        pairs[RANK::WORLD],
+        args.task,
+        PAPER,
+        batch_size=args.micro_batch,
+        workers=args.workers,
+        precision=args.precision,
+    )
+    shares: list = [list(rows)]
+    if WORLD > 1:
+        shares *= WORLD
+        dist.all_gather_object(shares, shares[0])
+    return evaluate.average([row for share in shares for row in share], PAPER)
+
+
+# -------------------------------------------------------------------------------------------------
 # The script
+
+
+def main() -> None:
+    args, stored = parse_arguments()
+    if WORLD > 1:
+        start_processes(args.device)
+    _lock = first_process(lambda: claim_out(args, bool(stored)))  # until the process ends
+    evaluate.on_stop(partial(how_to_continue, args.out))
+    train_pairs, val_pairs, data, val = find_data(args)
+    model, encoder = build_model(args, stored)
+    about = dict(task=args.task, encoder=encoder, val=val)
+    pairs = dict(training_images=train_pairs, validation_images=val_pairs)
+    about["run"] = describe_run(args, encoder, **pairs) | dict(data=data, val=val or args.val)
+    check_resumed(about["run"], stored.get("run", about["run"]))
+
+    # Averages gradients; each process has its own batch norms.
+    network = DistributedDataParallel(model) if WORLD > 1 else model
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if args.recipe == "released":
+        optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.01)
+    else:
+        optimizer = torch.optim.Adam(trained, args.lr)
+    device = torch.device(args.device).type
+    scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
+    draw_data(train_pairs[:6], args)
+    say(f"model: {args.sam} at {args.size} x {args.size}; run: {args.out}")
+    say(
+        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}, {args.precision}"
+    )
+
+    rows: list[dict] = []  # of log.csv, and of last.pt's epochs
+    best_score = -math.inf
+    if stored:
+        optimizer.load_state_dict(stored["optimizer"])
+        scaler.load_state_dict(stored["scaler"])
+        rows = stored["rows"]
+        best_score = stored["best_score"]
+        say(f"resume: after epoch {len(rows)} of {args.epochs}")
+        if best_score > -math.inf and not (args.out / "best.pt").exists():
+            best_score = -math.inf
+            say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
+
+    def save(name: str, **info) -> None:
+        if RANK == 0:
+            tssam.save_checkpoint(args.out / name, model, epoch=len(rows), **about, **info)
+
+    def save_last() -> None:
+        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        save("last.pt", rows=rows, best_score=best_score, **state)
+
+    metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
+    # A run that was stopped in an epoch's validation goes on with that.
+    is_pending = bool(rows and val_pairs and metric not in rows[-1])
+    for epoch in range(len(rows) + (0 if is_pending else 1), args.epochs + 1):
+        if epoch > len(rows):
+            rows.append(train_epoch(network, optimizer, scaler, train_pairs, args, epoch))
+            save_last()  # before validation, which can take long
+        start = time.monotonic()
+        row = rows[-1]
+        mark = ""
+        if val_pairs:
+            metrics = validate(model, val_pairs, args)
+            row |= metrics
+            score = -row["BER"] if metric == "BER" else row["S"]
+            if score > best_score:
+                best_score = score
+                mark = "  best"
+                save("best.pt", metrics=metrics)
+        if RANK == 0:
+            write_reports(model, rows, metric, val_pairs or train_pairs, args)
+        save_last()
+        seconds = row["seconds"] + time.monotonic() - start
+        left = timedelta(seconds=round((args.epochs - epoch) * seconds))
+        cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
+        say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
+    if best_score > -math.inf:
+        say(f"best:  {metric} {abs(best_score):.4f}, {args.out / 'best.pt'}")
+    say(f"next:  python evaluate.py --ckpt {shlex.quote(str(args.out))} --data PHOTOS --save masks")
+    if WORLD > 1:
+        dist.destroy_process_group()
+
+
+# -------------------------------------------------------------------------------------------------
+# Options
 
 # Enough for a few shapes, two CPU cores and a minute or two; command-line options override these.
 DEMO = dict(sam="tiny", sam_checkpoint="random", size=256, epochs=10, batch_size=4, lr=2e-3)
 
-# Options that --resume may not change.
-EXPERIMENT = ["task", "sam", "size", "epochs", "batch_size", "micro_batch", "lr", "recipe"]
-EXPERIMENT += ["precision", "seed", "csa_blocks", "mrm_blocks", "init", "demo"]
+# Options of the machine and the output: not remembered. The others are, and --resume may change
+# none but those of the second line.
+NOT_REMEMBERED = ("workers", "device", "out", "resume")
+MAY_CHANGE = ("data", "val", "sam_checkpoint", "accumulate", "grad_checkpoint")
 
 
-def parse_arguments() -> argparse.Namespace:
-    """The command line; with --resume, last.pt fills in what it leaves out."""
+def parse_arguments() -> tuple[argparse.Namespace, dict]:
+    """The command line, and last.pt of a run to resume ({}: a new run), which fills in what it leaves out."""
     parser = evaluate.Parser(__doc__)
     data = parser.add_argument_group("data")
-    experiment = parser.add_argument_group("experiment; in parentheses the default and its source")
+    experiment = parser.add_argument_group("experiment; with the source of each default")
     run = parser.add_argument_group("run")
     machine = evaluate.add_machine_options(parser)
     demo = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items())
     # fmt: off
-    data.add_argument("--task",                 choices=("sod", "cod", "shadow"), default="sod", help="salient objects (or objects of your own), camouflaged objects, shadows (sod)")
-    data.add_argument("--data",                 type=existing, nargs="+",      help="datasets to train on, joined: their train split, or a folder of images beside one of masks")
-    data.add_argument("--val",                  type=existing, nargs="+",      help="datasets to validate on, joined (the test splits of --data; cod: CAMO's, if it is among them)")
-    data.add_argument("--demo",                 action="store_true",                    help=f"draw a small dataset and train on it, with {demo}")
-    experiment.add_argument("--sam",            choices=tuple(tssam.ENCODERS), default="vit_h", help="SAM's encoder (vit_h: the paper's TS-SAM_H)")
-    experiment.add_argument("--sam-checkpoint",                                         help="SAM's weights, or `random` for a random encoder (checkpoints/<published name>, downloaded if missing)")
-    experiment.add_argument("--init",                                                   help="checkpoint to start from, ours or the authors', trained on the same encoder (none: paper)")
-    experiment.add_argument("--size",           type=number(1), default=1024,           help="image side, a multiple of 16 (1024: released code)")
-    experiment.add_argument("--epochs",         type=number(1),                         help="number of epochs (80, shadow 100: paper)")
-    experiment.add_argument("--batch-size",     type=number(1), default=8,              help="images in a step, over all GPUs (8: paper)")
-    experiment.add_argument("--lr",             type=number(0, float), default=8e-4,    help="initial learning rate (8e-4: paper)")
-    experiment.add_argument("--recipe",         choices=("paper", "released"), default="paper", help="released: AdamW with weight decay 0.01 and horizontal flips, as in the released code (paper: Adam, none)")
-    experiment.add_argument("--csa-blocks",     type=number(0), nargs="+",              help="encoder blocks with a CSA, counted from 0, such as 2 3 4 (all: paper)")
-    experiment.add_argument("--mrm-blocks",     type=number(0), nargs="+",              help="encoder blocks with an MRM (the last 12: released code)")
-    experiment.add_argument("--seed",           type=number(0), default=0,              help="of initial weights and order of images (0: ours)")
-    experiment.add_argument("--precision",      choices=tuple(evaluate.PRECISIONS),     help="of the network; losses, FFT and metrics are fp32 (bf16 on a GPU that has it, else fp32: ours)")
-    run.add_argument("--out",                   type=Path,                              help="a folder without a run (default runs/<task>-<sam>)")
-    run.add_argument("--resume",                type=Path, nargs="?", const=True,       help="continue the run in RESUME, or in --out, after its last whole epoch")
-    run.add_argument("--accumulate",            type=number(1), default=1,              help="split each batch into N micro-batches; batch norms see one at a time (default 1)")
-    machine.add_argument("--grad-checkpoint",   action="store_true",                    help="recompute the encoder's blocks in backward: less memory")
+    data.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="salient objects (or your own), camouflaged objects, shadows")
+    data.add_argument("--data", nargs="+", help=f"{evaluate.DATA_HELP}, joined")
+    data.add_argument("--val", nargs="+", help="datasets to validate on, or a fraction of --data to hold out, such as 0.1 (default: the val or test splits of --data; cod: CAMO's)")
+    data.add_argument("--demo", action="store_true", help=f"draw a small dataset and train on it, with {demo}")
+    experiment.add_argument("--sam", choices=tuple(tssam.ENCODERS), default="vit_h", help="SAM's encoder (paper: TS-SAM_H)")
+    experiment.add_argument("--sam-checkpoint", help="SAM's weights, or `random` for a random encoder (default: checkpoints/<published name>, downloaded if missing)")
+    experiment.add_argument("--init", help="checkpoint to start from, ours or the authors', trained on the same encoder")
+    experiment.add_argument("--size", type=number(1), default=1024, help="image side, a multiple of 16 (released code)")
+    experiment.add_argument("--epochs", type=number(1), help="number of epochs (paper; default: 80, shadow 100)")
+    experiment.add_argument("--batch-size", type=number(1), default=8, help="images in a step, over all GPUs (paper)")
+    experiment.add_argument("--lr", type=number(0, float), default=8e-4, help="initial learning rate (paper)")
+    experiment.add_argument("--recipe", choices=("paper", "released"), default="paper", help="paper: Adam; released: AdamW with weight decay 0.01 and horizontal flips, as in the released code")
+    experiment.add_argument("--csa-blocks", type=number(0), nargs="+", help="encoder blocks with a CSA, counted from 0, such as 2 3 4 (paper; default: all)")
+    experiment.add_argument("--mrm-blocks", type=number(0), nargs="+", help="encoder blocks with an MRM (released code; default: the last 12)")
+    experiment.add_argument("--seed", type=number(0), default=0, help="of initial weights, order of images and held-out pairs (ours)")
+    experiment.add_argument("--precision", choices=tuple(evaluate.PRECISIONS), help="of the network; losses, FFT and metrics are fp32 (ours; default: bf16 on a GPU that has it, else fp32)")
+    run.add_argument("--out", type=Path, help="a folder without a run (default: runs/<task>-<sam>)")
+    run.add_argument("--resume", type=Path, nargs="?", const=True, help="continue the run in RESUME, or in --out, after its last whole epoch; with --data or --demo, start it if there is none")
+    run.add_argument("--accumulate", type=number(1), default=1, help="split each batch into N micro-batches; batch norms see one at a time")
+    machine.add_argument("--grad-checkpoint", action="store_true", help="recompute the encoder's blocks in backward: less memory")
     # fmt: on
 
     args = parser.parse_args()
     if args.demo:
         parser.set_defaults(**DEMO)
-        args = parser.parse_args()
-    args.out = args.out or Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
-    if args.resume:
-        if args.resume is not True:
-            args.out = args.resume
-        if not (args.out / "last.pt").exists():
+    if args.resume not in (None, True):
+        if args.out not in (None, args.resume):
             raise InputError(
-                f"--resume: {args.out} has no last.pt; pass the run's folder with --out"
+                f"--out: --resume {args.resume} continues in its own folder; leave out one"
             )
-        last = tssam.load_file(args.out / "last.pt")
-        parser.set_defaults(**last["args"], out=args.out)
+        parser.set_defaults(out=args.resume)
+    args = parser.parse_args()
+    args.out = args.out or Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
+    stored = {}
+    if args.resume and (args.out / "last.pt").exists():
+        stored = tssam.read_checkpoint(args.out / "last.pt")
+        if "run" not in stored or "optimizer" not in stored:
+            raise InputError(
+                f"--resume: {args.out}/last.pt is not of this version's train.py, or no last.pt; start a"
+                " new run from its weights with --init"
+            )
+        parser.set_defaults(**stored["run"], out=args.out)
         args = parser.parse_args()
-    elif args.demo:
+    elif args.resume and (args.data or args.demo):
+        say(f"resume: {args.out} has no last.pt; a new run starts")
+    elif args.resume:
+        raise InputError(f"--resume: {args.out} has no last.pt; pass the run's folder with --out")
+    if args.demo and not stored:
         if args.data or args.val:
             raise InputError("--demo: draws its own dataset; leave out --data and --val")
-        args.data = [args.out / "DUTS"]
-    elif args.data is None:
+        args.data = [str(args.out / "DUTS")]
+    if args.data is None:
         raise InputError("--data: pass the dataset to train on, or try --demo")
     args.epochs = args.epochs or (100 if args.task == "shadow" else 80)
     evaluate.check_device(args)
@@ -146,94 +352,108 @@ def parse_arguments() -> argparse.Namespace:
             f"--batch-size: {args.batch_size} cannot be split into {WORLD} (processes) x"
             f" {args.accumulate} (--accumulate) equal parts"
         )
-    return args
+    return args, stored
 
 
-def start_processes(args: argparse.Namespace) -> None:
-    """Join torchrun's processes."""
-    device = torch.device(args.device)
-    patience = timedelta(hours=3)  # the others wait while the first downloads SAM's weights
-    if device.type == "cuda":
-        dist.init_process_group("nccl", timeout=patience, device_id=device)
-    else:
-        dist.init_process_group("gloo", timeout=patience)
+def describe_run(args: argparse.Namespace, encoder: dict, **pairs: list[Pair]) -> dict:
+    """What last.pt remembers of a run: its options, its number of images, their first and last name."""
+    run = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
+    if encoder["sam_checkpoint"] is not None:
+        run["sam_checkpoint"] = encoder["sam_checkpoint"]
+    for name, files in pairs.items():
+        names = [pair.image.name for pair in files]
+        run[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
+    return run
 
 
-def first_process(work: Callable[[], object]) -> object:
-    """Have the first process do something while the others wait."""
-    result = work() if RANK == 0 else None
-    if WORLD > 1:
-        dist.barrier()
-    return result
+def check_resumed(run: dict, before: dict) -> None:
+    """Refuse to resume what would be another experiment."""
+    for name, value in run.items():
+        if name not in MAY_CHANGE and value != before.get(name):
+            todo = "start a new run, from its weights with --init"
+            if name == "micro_batch":
+                todo = "choose processes x --accumulate so that it is the same"
+            raise InputError(
+                f"--resume: {name.replace('_', ' ')} {value}, but in this run {before.get(name)}; {todo}"
+            )
 
 
-def claim_out(args: argparse.Namespace) -> TextIO:
-    """Make a run's folder, with the demo's dataset, and lock it until this process ends."""
-    args.out.mkdir(parents=True, exist_ok=True)
-    lock = (args.out / ".lock").open("w")
-    try:
-        import fcntl
-
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError as error:
-        raise InputError(
-            f"--out: {args.out} is in use by another run; pass another folder"
-        ) from error
-    except (ImportError, OSError):  # Windows, or a file system without locks
-        pass
-    if not args.resume:
-        for name in ("last.pt", "best.pt", "log.csv", "curves.png", "samples.png"):
-            if (args.out / name).exists():
-                raise InputError(
-                    f"--out: {args.out} contains a run ({name}); continue it with --resume, or pass a"
-                    f" new folder, such as --out {args.out}-2"
-                )
-        if args.demo:
-            draw_demo(args.data[0])
-    return lock
+# -------------------------------------------------------------------------------------------------
+# Data and model
 
 
-def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair]]:
-    """The pairs to train and to validate on; `args` then has their folders, for last.pt."""
-    train_sets = evaluate.find_sets([Path(d) for d in args.data], evaluate.TRAIN)
-    if args.val:
-        val_sets = evaluate.find_sets([Path(d) for d in args.val], evaluate.VALIDATION)
-    else:
-        found = [s for d in args.data for s in evaluate.find_split(Path(d), evaluate.VALIDATION)]
+def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[str], list[str]]:
+    """The pairs to train and to validate on, and where they are: what --data and --val take."""
+    train_sets = evaluate.find_sets(args.data, evaluate.TRAIN)
+    val_sets: list[ImageSet] = []
+    fraction = held_out_fraction(args.val)
+    if args.val and not fraction:
+        val_sets = evaluate.find_sets(args.val, evaluate.VALIDATION)
+    elif not args.val:
+        folders = [d for d in args.data if os.path.isdir(d)]
+        found = [s for d in folders for s in evaluate.find_split(Path(d), evaluate.VALIDATION)]
         val_sets = [s for s in found if s.split]
         camo = [s for s in val_sets if evaluate.plain_name(s.name) == "CAMO"]
         if args.task == "cod" and camo:
             val_sets = camo  # 250 images; the four test sets are 6,473 (source: release)
-    args.val = [os.path.abspath(s.folder) for s in val_sets]
-    args.data = [os.path.abspath(folder) for folder in args.data]
     for kind, datasets in (("train:", train_sets), ("val:  ", val_sets)):
         for s in datasets:
             say(f"{kind} {s}")
-            if RANK == 0:
-                evaluate.check_files(s, args.workers)
-    if not val_sets:
-        say("val:   none, so there will be no best.pt; pass datasets with --val")
+            if s.pairs[0].mask is None:
+                raise InputError(
+                    f"--val: {s.folder} has no masks; pass another, or a fraction such as 0.1"
+                )
+            first_process(lambda s=s: evaluate.check_files(s, args.workers, args.size))
     train_pairs = [pair for s in train_sets for pair in s.pairs]
     val_pairs = [pair for s in val_sets for pair in s.pairs]
-    train_files = {image.resolve() for image, _ in train_pairs}
+    if fraction:
+        order = np.random.default_rng((args.seed, 0)).permutation(len(train_pairs))
+        held_out = set(order[: max(1, round(fraction * len(order)))].tolist())
+        val_pairs = [pair for i, pair in enumerate(train_pairs) if i in held_out]
+        train_pairs = [pair for i, pair in enumerate(train_pairs) if i not in held_out]
+        say(f"val:   {len(val_pairs)} of these pairs, held out by --val {args.val[0]}")
+    if not val_pairs:
+        say(
+            "val:   none, so there will be no best.pt; hold some out with --val 0.1, or pass a dataset"
+        )
+    train_files = {pair.image.resolve() for pair in train_pairs}
     if len(train_files) < len(train_pairs):
         raise InputError("--data: the same images are given twice")
-    if not train_files.isdisjoint(image.resolve() for image, _ in val_pairs):
+    if not train_files.isdisjoint(pair.image.resolve() for pair in val_pairs):
         evaluate.warn("some validation images are also training images")
     if len(train_pairs) < args.batch_size:
         raise InputError(
             f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; pass a lower"
             " --batch-size"
         )
-    return train_pairs, val_pairs
+    return (
+        train_pairs,
+        val_pairs,
+        list(map(absolute, args.data)),
+        [absolute(s.folder) for s in val_sets],
+    )
 
 
-def build_model(args: argparse.Namespace) -> tuple[TSSAM, dict]:
-    """The model with its weights, and last.pt's other content (of a new run: `encoder` alone)."""
+def held_out_fraction(val: list[str] | None) -> float:
+    """What --val 0.1 says; 0 where it names datasets."""
+    with suppress(TypeError, ValueError):
+        if not os.path.exists(val[0]) and 0 < float(val[0]) < 1:
+            return float(val[0])
+    return 0
+
+
+def absolute(text: str) -> str:
+    """What --data takes, with absolute paths."""
+    return ",".join(os.path.abspath(path) for path in evaluate.named_folders(text))
+
+
+def build_model(args: argparse.Namespace, stored: dict) -> tuple[TSSAM, dict]:
+    """The model with its weights, and what a checkpoint says about its encoder."""
     is_random = args.sam_checkpoint == "random"
     weights = None if is_random else args.sam_checkpoint
-    if args.resume:
-        model, stored = tssam.load_checkpoint(args.out / "last.pt", weights)
+    if stored:
+        model = tssam.build_from(stored, args.out / "last.pt", weights)
+        encoder = stored["encoder"]
     else:
         if args.init is not None:  # checked before anything is downloaded
             sam = tssam.read_checkpoint(args.init)["config"]["sam"]
@@ -252,232 +472,75 @@ def build_model(args: argparse.Namespace) -> tuple[TSSAM, dict]:
         encoder = dict(fingerprint=tssam.fingerprint(state), sam_checkpoint=None, weights=None)
         if is_random:
             encoder["weights"] = state
-        stored = dict(encoder=encoder)
         if args.init is not None:
             tssam.load_trained(model, args.init)
     if weights is not None:
-        stored["encoder"]["sam_checkpoint"] = os.path.abspath(weights)
-    if stored["encoder"]["weights"] is not None:
+        encoder["sam_checkpoint"] = os.path.abspath(weights)
+    if encoder["weights"] is not None:
         evaluate.warn("the encoder is random, not SAM's: results say nothing about TS-SAM")
-    model.grad_checkpoint = args.grad_checkpoint
+    model.set_grad_checkpointing(args.grad_checkpoint)
     model.store_encoder(evaluate.PRECISIONS[args.precision])
-    return model.to(args.device), stored
+    return model.to(args.device), encoder
 
 
-def check_experiment(
-    args: argparse.Namespace, train_pairs: list[Pair], val_pairs: list[Pair], stored: dict
-) -> dict:
-    """The settings that a resumed run must share with last.pt."""
-    experiment = {name: getattr(args, name) for name in EXPERIMENT}
-    for name, pairs in (("training images", train_pairs), ("validation images", val_pairs)):
-        names = [image.name for image, _ in pairs]
-        experiment[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
-    if experiment["micro_batch"] != stored.get("experiment", experiment)["micro_batch"]:
-        before = stored["experiment"]["micro_batch"]
+# -------------------------------------------------------------------------------------------------
+# The run's folder and processes
+
+
+def claim_out(args: argparse.Namespace, resumed: bool) -> TextIO:
+    """Make a run's folder, with the demo's dataset, and lock it until this process ends."""
+    args.out.mkdir(parents=True, exist_ok=True)
+    lock = (args.out / ".lock").open("w")
+    try:
+        import fcntl
+
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
         raise InputError(
-            f"--resume: micro-batches of {before}: choose processes x --accumulate accordingly"
-        )
-    for name, before in stored.get("experiment", {}).items():
-        if experiment[name] != before:
-            raise InputError(
-                f"--resume: {name.replace('_', ' ')} {experiment[name]}, but in this run {before}; start"
-                " a new run, from its weights with --init"
-            )
-    return experiment
+            f"--out: {args.out} is in use by another run; pass another folder"
+        ) from error
+    except (ImportError, OSError):  # Windows, or a file system without locks
+        pass
+    if not resumed:
+        for name in ("last.pt", "best.pt", "log.csv", "curves.png", "samples.png"):
+            if (args.out / name).exists():
+                raise InputError(
+                    f"--out: {args.out} contains a run ({name}); continue it with --resume, or pass a"
+                    f" new folder, such as --out {args.out}-2"
+                )
+        if args.demo:
+            draw_demo(Path(args.data[0]))
+    return lock
 
 
-def micro_batches(
-    pairs: list[Pair], args: argparse.Namespace, epoch: int
-) -> Iterator[tuple[Tensor, Tensor]]:
-    """An epoch's images (B, 3, S, S), normalised, and masks (B, 1, S, S) of 0 and 1, on the device.
-
-    The order follows from seed and epoch alone. An incomplete last batch is dropped; each batch is
-    split into processes x --accumulate micro-batches, of which every process takes its own.
-    """
-    rng = np.random.default_rng((args.seed, epoch))
-    order = rng.permutation(len(pairs))
-    mirrored = rng.random(len(pairs)) < (0.5 if args.recipe == "released" else 0)
-    whole = order[: len(order) // args.batch_size * args.batch_size]
-    own = whole.reshape(-1, WORLD, args.micro_batch)[:, RANK]  # a row: indices of a micro-batch
-    read = partial(evaluate.read_sample, size=args.size, protocol="paper")
-    samples = evaluate.in_threads(read, [pairs[i] for i in own.flat], args.workers)
-    for chosen in own:
-        batch = list(islice(samples, len(chosen)))
-        images = evaluate.to_input([sample.pixels for sample in batch], args.device)
-        masks = torch.from_numpy(np.stack([sample.mask for sample in batch]))
-        masks = masks[:, None].to(args.device).float()
-        for i in np.flatnonzero(mirrored[chosen]):
-            images[i] = images[i].flip(-1)
-            masks[i] = masks[i].flip(-1)
-        yield images, masks
+def start_processes(device: str) -> None:
+    """Join torchrun's processes, or another launcher's."""
+    nccl = device.startswith("cuda") and dist.is_nccl_available()
+    own = torch.device(device) if nccl else None
+    dist.init_process_group("nccl" if nccl else "gloo", device_id=own)
 
 
-def validate(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> dict[str, float]:
-    """The metrics on the validation set, under the paper's protocol; processes share the work."""
-    own = pairs[RANK::WORLD]
-    rows = list(
-        evaluate.score_images(model, own, args.task, "paper", args.micro_batch, args.workers)
-    )
+def first_process(work: Callable[[], object]) -> object:
+    """Have the first process do something, which may take hours, while the others wait."""
+    result = work() if RANK == 0 else None
     if WORLD > 1:
-        shares: list = [None] * WORLD
-        dist.all_gather_object(shares, rows)
-        rows = [row for share in shares for row in share]
-    return evaluate.average(rows, args.task, "paper")
+        dist.barrier(patient_group())
+    return result
 
 
-def how_to_continue(args: argparse.Namespace) -> str:
+@cache
+def patient_group() -> dist.ProcessGroup:
+    """The processes once more, to wait for each other longer than elsewhere: a download."""
+    return dist.new_group(backend="gloo", timeout=timedelta(hours=3))
+
+
+def how_to_continue(out: Path) -> str:
     """The last line of a run that is stopped."""
-    if not (args.out / "last.pt").exists():
+    if not (out / "last.pt").exists():
         return "stopped before the first epoch was finished; start again with the same command"
-    command = f"torchrun --nproc_per_node {WORLD}" if WORLD > 1 else "python"
-    command += f" train.py --resume --out {shlex.quote(str(args.out))}"
+    command = f"torchrun --nproc_per_node {LOCAL_WORLD}" if WORLD > 1 else "python"
+    command += f" train.py --resume --out {shlex.quote(str(out))}"
     return f"stopped; `{command}` continues after the last whole epoch"
-
-
-def main() -> None:
-    args = parse_arguments()
-    if WORLD > 1:
-        start_processes(args)
-    args.lock = first_process(lambda: claim_out(args))  # held until the process ends
-    evaluate.on_stop(partial(how_to_continue, args))
-    train_pairs, val_pairs = find_data(args)
-    model, stored = build_model(args)
-    experiment = check_experiment(args, train_pairs, val_pairs, stored)
-    kept_args = experiment | dict(data=args.data, val=args.val)
-    kept_args |= dict(accumulate=args.accumulate, grad_checkpoint=args.grad_checkpoint)
-    about = dict(task=args.task, encoder=stored["encoder"], args=kept_args, val=args.val)
-
-    network = model
-    if WORLD > 1:  # averages gradients; each process has its own batch norms
-        network = DistributedDataParallel(model, broadcast_buffers=False)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    if args.recipe == "released":
-        optimizer = torch.optim.AdamW(trained, args.lr, weight_decay=0.01)
-    else:
-        optimizer = torch.optim.Adam(trained, args.lr)
-    loss_of = balanced_bce if args.task == "shadow" else bce_iou
-    metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
-    device = torch.device(args.device).type
-    scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
-    steps = len(train_pairs) // args.batch_size
-    say(f"model: {args.sam} at {args.size} x {args.size}; run: {args.out}")
-    say(
-        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}, {args.precision}"
-    )
-
-    rows: list[dict] = []  # of log.csv, and of last.pt's epochs
-    best_score = -math.inf
-    if args.resume:
-        optimizer.load_state_dict(stored["optimizer"])
-        scaler.load_state_dict(stored["scaler"])
-        rows = stored["rows"]
-        best_score = stored["best_score"]
-        say(f"resume: after epoch {len(rows)} of {args.epochs}")
-        if best_score > -math.inf and not (args.out / "best.pt").exists():
-            best_score = -math.inf
-            say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
-
-    def save_last() -> None:
-        if RANK == 0:
-            tssam.save_checkpoint(
-                args.out / "last.pt",
-                model,
-                epoch=len(rows),
-                rows=rows,
-                best_score=best_score,
-                experiment=experiment,
-                optimizer=optimizer.state_dict(),
-                scaler=scaler.state_dict(),
-                **about,
-            )
-
-    # A run that was stopped in an epoch's validation goes on with that.
-    is_pending = bool(rows and val_pairs and metric not in rows[-1])
-    for epoch in range(len(rows) + 1 - is_pending, args.epochs + 1):
-        if epoch > len(rows):
-            start = time.monotonic()
-            lr = learning_rate(epoch, args.epochs, args.lr)
-            optimizer.param_groups[0]["lr"] = lr
-            network.train()
-            losses = []
-            batches = micro_batches(train_pairs, args, epoch)
-            bar = evaluate.progress(range(steps), f"epoch {epoch}", steps, "step")
-            for _ in bar:
-                loss = torch.zeros((), device=args.device)
-                for i in range(args.accumulate):
-                    images, masks = next(batches)
-                    # DistributedDataParallel averages gradients in the last micro-batch alone.
-                    network.require_backward_grad_sync = i + 1 == args.accumulate
-                    with autocast(args):
-                        logits = network(images)
-                    micro_loss = loss_of(logits, masks) / args.accumulate
-                    scaler.scale(micro_loss).backward()
-                    loss += micro_loss.detach() / WORLD
-                if WORLD > 1:
-                    dist.all_reduce(loss)
-                check_finite("loss", [loss], epoch)
-                scaler.step(optimizer)
-                scaler.update()
-                optimizer.zero_grad()
-                losses.append(loss.item())
-                bar.set_postfix(loss=f"{losses[-1]:.4f}")
-            end_epoch(model, epoch)
-            seconds = time.monotonic() - start
-            row = dict(
-                epoch=epoch,
-                loss=sum(losses) / steps,
-                lr=lr,
-                images_per_s=steps * args.batch_size / seconds,
-                peak_MB=evaluate.peak_memory(args.device),
-                seconds=seconds,
-            )
-            rows.append(row)
-            save_last()  # before validation, which can take long
-
-        start = time.monotonic()
-        row = rows[-1]
-        mark = ""
-        if val_pairs:
-            with autocast(args):
-                metrics = validate(model, val_pairs, args)
-            row |= metrics
-            score = -row["BER"] if metric == "BER" else row["S"]
-            if score > best_score:
-                best_score = score
-                mark = "  best"
-                if RANK == 0:
-                    best = args.out / "best.pt"
-                    tssam.save_checkpoint(best, model, epoch=epoch, metrics=metrics, **about)
-        if RANK == 0:
-            with autocast(args):
-                write_reports(model, rows, metric, val_pairs, args)
-        save_last()
-        seconds = row["seconds"] + time.monotonic() - start
-        left = timedelta(seconds=round((args.epochs - epoch) * seconds))
-        cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
-        say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
-    if best_score > -math.inf:
-        say(f"best:  {metric} {abs(best_score):.4f}, {args.out / 'best.pt'}")
-    if WORLD > 1:
-        dist.destroy_process_group()
-
-
-def end_epoch(model: TSSAM, epoch: int) -> None:
-    """Check the weights, and give all processes the first one's batch norm statistics."""
-    check_finite("weights", tssam.trained_part(model.state_dict()).values(), epoch)
-    if WORLD > 1:
-        for buffer in model.buffers():
-            dist.broadcast(buffer, 0)
-
-
-def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
-    """Stop a run that has diverged."""
-    if not all(tensor.isfinite().all() for tensor in tensors):
-        saved = f"last.pt holds epoch {epoch - 1}" if epoch > 1 else "nothing is saved yet"
-        raise InputError(
-            f"epoch {epoch}: the {what} became nan or infinite; {saved}; start a new run with a"
-            " lower --lr, or --precision fp32"
-        )
 
 
 # -------------------------------------------------------------------------------------------------
@@ -485,9 +548,9 @@ def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
 
 
 def write_reports(
-    model: TSSAM, rows: list[dict], metric: str, val_pairs: list[Pair], args: argparse.Namespace
+    model: TSSAM, rows: list[dict], metric: str, pairs: list[Pair], args: argparse.Namespace
 ) -> None:
-    """Write log.csv, curves.png and, with a validation set, samples.png; a failure is only warned of."""
+    """Write log.csv, curves.png and samples.png; a failure is only warned of."""
 
     def save(path: Path) -> None:
         with path.open("w", newline="") as file:
@@ -497,40 +560,57 @@ def write_reports(
 
     try:
         tssam.write_atomically(args.out / "log.csv", save)
-        draw_curves(rows, ["loss", metric] if val_pairs else ["loss"], args.out / "curves.png")
-        if val_pairs:
-            draw_samples(model, val_pairs[:6], args)
+        draw_curves(rows, ["loss", metric] if metric in rows[-1] else ["loss"], args.out)
+        draw_samples(model, pairs[:6], args)
     except InputError as error:
         evaluate.warn(str(error))
 
 
+def draw_data(pairs: list[Pair], args: argparse.Namespace) -> None:
+    """Draw a few training pairs as the network gets them, to be looked at while it trains."""
+    if RANK == 0:
+        samples = [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs]
+        rows = [(sample.pair.name, sample, None) for sample in samples]
+        evaluate.draw_samples(rows, args.out / "data.png")
+        say(f"look:  {args.out / 'data.png'} shows training pairs as the network gets them")
+
+
 def draw_samples(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> None:
     """Draw what the network predicts of a few images."""
-    samples = (evaluate.read_sample(pair, args.size, "paper") for pair in pairs)
-    predictions = evaluate.predict(model, samples, "paper", args.micro_batch, save=True)
-    shown = []
-    for (image_file, mask_file), prediction in zip(pairs, predictions, strict=True):
-        shown.append((image_file.stem, image_file, mask_file, Image.fromarray(prediction.to_save)))
-    evaluate.draw_overview(shown, args.out / "samples.png")
+    samples = [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs]
+    predictions = evaluate.predict(
+        model, samples, PAPER, args.micro_batch, args.precision, save=True
+    )
+    shown = [(p.sample.pair.name, p.sample, p.to_save) for p in predictions]
+    evaluate.draw_samples(shown, args.out / "samples.png")
 
 
-def draw_curves(rows: list[dict], columns: list[str], path: Path) -> None:
+def draw_curves(rows: list[dict], columns: list[str], out: Path) -> None:
     """Draw columns of log.csv against the epoch, one below the other; red: best by the last column."""
-    sheet = Image.new("RGB", (520, 190 * len(columns)), "white")
+    sheet = Image.new("RGB", (560, 210 * len(columns)), "white")
     draw = ImageDraw.Draw(sheet)
     deciding = [row[columns[-1]] for row in rows]
     best = np.argmax(deciding) if columns[-1] == "S" else np.argmin(deciding)
-    xs = np.linspace(20, 500, len(rows))
+    xs = np.linspace(70, 540, len(rows))
     for i, column in enumerate(columns):
         values = np.array([row[column] for row in rows])
-        top = 190 * i + 30
-        ys = top + 150 * (values.max() - values) / (np.ptp(values) or 1)
-        title = f"{column}: {values.min():.4g} to {values.max():.4g}; {values[best]:.4g} in epoch {best + 1} of {len(rows)}"
-        draw.text((20, top - 20), title, fill="black", font_size=12)
-        draw.rectangle((20, top, 500, top + 150), outline="grey")
+        low, high = values.min(), values.max()
+        top = 210 * i + 30
+        ys = top + 140 * (high - values) / ((high - low) or 1)
+        title = f"{column}: {values[best]:.4g} in epoch {best + 1} of {len(rows)}"
+        draw.text((70, top - 20), title, fill="black", font_size=12)
+        draw.rectangle((70, top, 540, top + 140), outline="grey")
+        for level in (high, low):
+            y = top + 140 * (level == low)
+            draw.text((62, y), f"{level:.4g}", fill="black", font_size=12, anchor="rm")
+        for epoch in {1, len(rows)}:
+            draw.text(
+                (xs[epoch - 1], top + 145), str(epoch), fill="black", font_size=12, anchor="mt"
+            )
+        draw.text((305, top + 145), "epoch", fill="black", font_size=12, anchor="mt")
         draw.line(list(zip(xs, ys, strict=True)), fill="blue")
         draw.circle((xs[best], ys[best]), 3, fill="red")
-    tssam.write_atomically(path, lambda file: sheet.save(file, "PNG"))
+    tssam.write_atomically(out / "curves.png", lambda file: sheet.save(file, "PNG"))
 
 
 # -------------------------------------------------------------------------------------------------

@@ -5,8 +5,15 @@ follow its Section II:
 
     CSA    Convolutional Side Adapter     Eq. 1-2     the side stream beside SAM's image encoder
     MRM    Multi-scale Refinement Module  Eq. 3-5     fine detail taken from the encoder's blocks
-    FFD    Feature Fusion Decoder         Eq. 6-10    fuses the two streams into one mask
-    TSSAM  the whole network              Fig. 2 (a)  taps the frozen encoder with forward hooks
+    FFD    Feature Fusion Decoder         Eq. 6-10    fuses both into one mask
+    TSSAM  the whole network              Fig. 2 (a)  runs them beside the frozen encoder
+
+The method, for block i of the encoder:
+
+    y = block_i(x)               frozen; x is the block's input
+    f_mrm += gate(deconv(y))     the MRM: two maps of detail, at 1/8 and 1/4 of the image's size
+    x = y + expand(f_csa)        the CSA merges the side stream into y; block i + 1 receives this
+    f_csa = compress(x)          and the merged map is the side stream's next state
 
                               MRM ------- MRM ---- ... ---- MRM -------- MRM ---> f_mrm -+
                                ^           ^                 ^            ^              |
@@ -14,21 +21,31 @@ follow its Section II:
                |      |       v ^         v ^               v ^           v              |
             F_csa^0 > CSA 0 - CSA 1 ----- CSA 2 -- ... ---- CSA L ------ CSA L+1 > f_csa +
 
-    Middle: SAM's encoder, frozen. Up: a block's own output feeds an MRM (in ViT-L and ViT-H only
-    the last 12 blocks). Down (v): a CSA merges the output with f_csa. The merged map returns (the
-    ^ beside the v) and replaces the block's output.
+    Up: y feeds an MRM (in ViT-L and ViT-H only the last 12 blocks do). Down (v): the CSA merges y.
+    The ^ beside the v: the merged map replaces y.
 
-Notation: C is the encoder's width (768 in ViT-B), C1 the side stream's and C2 that of MRM and FFD
-(256 and 128 in the released code). S is the image's side in pixels (the paper's H and W), g = S/16
-its side in patches. Feature maps are (B, channels, height, width); the encoder's patches and blocks
-have (B, g, g, C). "Source" says where a decision comes from: the paper, the release (the authors'
-code) where the paper is silent or differs, or ours.
+Vocabulary:
+
+    two streams  the paper's: SAM's frozen encoder, and the side stream f_csa beside it
+    tap          a forward hook on a module of the encoder; it reads or replaces the module's output
+    neck         the encoder's last layers, two convolutions down to 256 channels
+    L, C         the encoder's blocks and its width: 12 and 768 in ViT-B, 32 and 1280 in ViT-H
+    C1, C2       the widths of f_csa and of f_mrm (source: release): 256 and 128
+    S, g         the image's side in pixels (the paper's H and W), and in patches: g = S / 16
+    k            a scale of the MRM: 1 is S/8, 2 is S/4
+    logits       the mask before the sigmoid
+    release      the authors' code
+
+Feature maps are (B, channels, height, width); inside the encoder they are (B, g, g, C). "Source"
+says where a decision comes from: the paper, the release where the paper is silent or differs, or
+ours. A deviation from the paper is marked where it is made.
 
 After the network comes what makes it fit into memory, then the files: SAM's published weights, the
-authors' released checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints
-what each part is and costs.
+release's checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints what
+each part is and costs.
 """
 
+import argparse
 import hashlib
 import os
 import re
@@ -47,14 +64,6 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 from torch.utils.flop_counter import FlopCounterMode
 
-# recompute(f, x) is f(x), but stores no intermediate activations; backward recomputes them.
-recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
-
-
-class InputError(ValueError):
-    """Bad input from the user. One line: what is wrong, which file or flag, what to do."""
-
-
 # -------------------------------------------------------------------------------------------------
 # II-B. Convolutional Side Adapter
 
@@ -62,7 +71,7 @@ class InputError(ValueError):
 def conv1x1(c_in: int, c_out: int) -> nn.Sequential:
     """The paper's conv_1x1: 1x1 convolution, batch norm, ReLU. (B, c_in, h, w) -> (B, c_out, h, w).
 
-    ReLU is the paper's "activation"; weights from N(0, 2 / fan_out), zero bias (source: release).
+    Which activation, the initialisation from N(0, 2 / fan_out) and the zero bias: release.
     """
     conv = nn.Conv2d(c_in, c_out, 1)
     nn.init.kaiming_normal_(conv.weight, mode="fan_out", nonlinearity="relu")
@@ -71,7 +80,7 @@ def conv1x1(c_in: int, c_out: int) -> nn.Sequential:
 
 
 class CSA(nn.Module):
-    """Convolutional Side Adapter, Eq. 1-2 (source: paper).
+    """Convolutional Side Adapter, Eq. 1-2 (source: paper): one step of the side stream.
 
     Args:
         width: C, channels of the encoder's map (of the neck's for the last CSA).
@@ -148,7 +157,7 @@ class MRM(nn.Module):
         compressed = self.compress(f_vit)
         f1 = self.deconv1(compressed)  # Eq. 3, k = 1
         f2 = self.deconv2(compressed)  # Eq. 3, k = 2
-        # Eq. 4. Gates are cheap to recompute and expensive to store at S/4 in 13 MRM (source: ours).
+        # Eq. 4. Backward recomputes the gates: cheap, and storing them at S/4 in 13 MRM is not (ours).
         gated1 = recompute(self.gate1, f1)
         gated2 = recompute(self.gate2, f2)
         return gated1 + f_mrm1, gated2 + f_mrm2  # Eq. 5
@@ -171,13 +180,13 @@ def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
 class Injection(nn.Module):
     """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10.
 
-    Source: paper, but for the 3x3 convolution of Eq. 6, which comes from the release. The paper
-    writes 1x1, but only 3x3 gives its 29.44 M trained parameters. Despite their names ("global"),
-    GAP and GMP pool over 2x2 windows (source: paper).
+    Source: paper, but for `conv_mrm`. GAP and GMP, despite their names ("global"), pool over 2x2
+    windows (source: paper).
     """
 
     def __init__(self, mrm_width: int) -> None:
         super().__init__()
+        # 1x1 in the paper's Eq. 6; 3x3 in the release, and only 3x3 gives the paper's 29.44 M.
         self.conv_mrm = conv3x3(mrm_width, mrm_width)
         self.stage1 = conv3x3(2 * mrm_width, mrm_width)
         self.stage2 = conv3x3(2 * mrm_width, mrm_width)
@@ -187,24 +196,21 @@ class Injection(nn.Module):
         f_in_mrm = self.conv_mrm(f_mrm)  # Eq. 6
         f_key = F.avg_pool2d(f_in_mrm, 2) + F.max_pool2d(f_in_mrm, 2)  # Eq. 7, (B, C2, h, w)
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
-        # Eq. 9 (bilinear with aligned corners: release)
+        # Eq. 9 (bilinear with aligned corners: release), float32 under autocast
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
+        x = x.to(f_mrm.dtype)
         return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself
 
 
 class FFD(nn.Module):
-    """Feature Fusion Decoder, Fig. 3 (source: paper): injects F_mrm^1 (S/8), then F_mrm^2 (S/4).
-
-    The first convolution is 3x3 (see `Injection`); the 1x1 convolution to one channel is the
-    release's.
-    """
+    """Feature Fusion Decoder, Fig. 3 (source: paper): injects F_mrm^1 (S/8), then F_mrm^2 (S/4)."""
 
     def __init__(self, csa_width: int, mrm_width: int) -> None:
         super().__init__()
-        self.conv_csa = conv3x3(csa_width, mrm_width)
+        self.conv_csa = conv3x3(csa_width, mrm_width)  # 1x1 in the paper, see `Injection`
         self.inject1 = Injection(mrm_width)
         self.inject2 = Injection(mrm_width)
-        self.head = nn.Conv2d(mrm_width, 1, 1)
+        self.head = nn.Conv2d(mrm_width, 1, 1)  # the paper's "output" (source: release)
 
     def forward(self, f_csa: Tensor, f_mrm1: Tensor, f_mrm2: Tensor) -> Tensor:
         """f_csa (B, C1, g, g), f_mrm1 (B, C2, 2g, 2g), f_mrm2 (B, C2, 4g, 4g) -> logits (B, 1, 4g, 4g)."""
@@ -215,13 +221,13 @@ class FFD(nn.Module):
 
 
 # -------------------------------------------------------------------------------------------------
-# II-A. The two streams, which join the parts above
+# II-A. The whole network
 
 PATCH = 16  # pixels on a side of the encoder's patches
 
 
 class EncoderSpec(NamedTuple):
-    """One of SAM's image encoders, and the widths of the streams beside it."""
+    """One of SAM's image encoders, and the widths of what runs beside it."""
 
     width: int  # C
     depth: int  # L
@@ -243,7 +249,7 @@ ENCODERS = {
 
 
 def high_pass(images: Tensor) -> Tensor:
-    """Absolute value of the images' high frequencies, for shadows, III-A.
+    """Absolute value of the images' high frequencies, for shadow detection, III-A.
 
     The middle square of the centred spectrum, S/2 wide, is set to zero (details: release, after
     SAM-Adapter). (B, 3, S, S) -> the same shape and dtype.
@@ -257,12 +263,11 @@ def high_pass(images: Tensor) -> Tensor:
 
 
 class TSSAM(nn.Module):
-    """Two-Stream SAM, Fig. 2 (a): the frozen encoder, the CSA and MRM streams, the FFD behind them.
+    """Two-Stream SAM, Fig. 2 (a): CSA and MRM beside the frozen encoder, the FFD behind them.
 
     An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the
     neck) and one MRM for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13
-    in TS-SAM_H. The counts are the paper's, their places the release's. As in the release, the
-    first and the last CSA write nothing back.
+    in TS-SAM_H. The paper gives these counts; the places come from the release.
 
     The encoder is `segment_anything`'s, and its parameters never get a gradient. But the merged map
     of Eq. 1 is what the next block receives, so gradients flow through the frozen blocks: in
@@ -275,8 +280,6 @@ class TSSAM(nn.Module):
         csa_blocks: encoder blocks with a CSA, counted from 0; None: all. The patches and the neck
             always have one.
         mrm_blocks: encoder blocks that feed an MRM; None: the last 12. The neck always does.
-
-    Set `grad_checkpoint` to True to train in less memory: backward recomputes the encoder's blocks.
     """
 
     def __init__(
@@ -309,8 +312,6 @@ class TSSAM(nn.Module):
             csa_blocks=csa_blocks,
             mrm_blocks=mrm_blocks,
         )
-        self.grad_checkpoint = False
-
         self.image_encoder = ImageEncoderViT(
             img_size=image_size,
             patch_size=PATCH,
@@ -325,8 +326,9 @@ class TSSAM(nn.Module):
         ).requires_grad_(False)
         for block in self.image_encoder.blocks:  # the same numbers in less memory
             block.__class__ = EncoderBlock
-            block.attn.__class__ = FusedAttention
+            block.attn.__class__ = ChunkedAttention
 
+        # Not in the paper, but in its 29.44 M: the trained embedding of F_csa^0 (source: release).
         self.csa_embedding = nn.Linear(spec.width, spec.csa_width)
         self.high_freq_embedding = None
         if high_freq:
@@ -347,9 +349,9 @@ class TSSAM(nn.Module):
         if images.shape[1:] != (3, size, size):
             raise ValueError(f"images are {tuple(images.shape)}, not (batch, 3, {size}, {size})")
         encoder = self.image_encoder
-        csa_after = dict(zip(self.config["csa_blocks"], self.csa[1:-1], strict=True))
-        mrm_after = dict(zip(self.config["mrm_blocks"], self.mrm[:-1], strict=True))
-        f_csa = None  # the two streams, updated by each tap
+        csa_of_block = dict(zip(self.config["csa_blocks"], self.csa[1:-1], strict=True))
+        mrm_of_block = dict(zip(self.config["mrm_blocks"], self.mrm[:-1], strict=True))
+        f_csa = None  # the side stream, and the MRM's two maps; each tap updates them
         f_mrm = (0.0, 0.0)
 
         def tap_patches(module: nn.Module, args: tuple, patches: Tensor) -> None:
@@ -364,17 +366,17 @@ class TSSAM(nn.Module):
             if self.high_freq_embedding is not None:
                 f_csa = f_csa + self.high_freq_embedding(high_pass(images))
             f_vit = (patches + encoder.pos_embed).movedim(-1, 1)
-            f_csa, _ = self.csa[0](f_csa, f_vit)  # not written back
+            f_csa, _ = self.csa[0](f_csa, f_vit)  # nothing is written back (source: release)
 
-        def tap_block(i: int, module: nn.Module, args: tuple, output: Tensor) -> Tensor | None:
-            """output (B, g, g, C) of block i: the MRM reads it; the CSA merges it; the merged map
-            replaces the output."""
+        def tap_block(i: int, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
+            """y (B, g, g, C), block i's output: the MRM reads it; the CSA merges it; the merged map
+            replaces it."""
             nonlocal f_csa, f_mrm
-            f_vit = output.movedim(-1, 1)
-            if i in mrm_after:
-                f_mrm = mrm_after[i](f_vit, *f_mrm)
-            if i in csa_after:
-                f_csa, merged = csa_after[i](f_csa, f_vit)
+            f_vit = y.movedim(-1, 1)
+            if i in mrm_of_block:
+                f_mrm = mrm_of_block[i](f_vit, *f_mrm)
+            if i in csa_of_block:
+                f_csa, merged = csa_of_block[i](f_csa, f_vit)
                 return merged.movedim(1, -1)  # a forward hook's result replaces the output
 
         def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
@@ -388,15 +390,19 @@ class TSSAM(nn.Module):
         with forward_lock, ExitStack() as taps:
             taps.enter_context(encoder.patch_embed.register_forward_hook(tap_patches))
             for i, block in enumerate(encoder.blocks):
-                block.grad_checkpoint = self.grad_checkpoint
                 taps.enter_context(block.register_forward_hook(partial(tap_block, i)))
             taps.enter_context(encoder.neck.register_forward_hook(tap_neck))
-            encoder(images)
+            encoder(images)  # runs the patches, blocks and neck, and each one's tap after it
 
         logits = self.ffd(f_csa, *f_mrm)
         logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
         # From S/4 to S (source: release). Unlike Eq. 9's, this upsampling does not align corners.
         return F.interpolate(logits, size=(size, size), mode="bilinear", align_corners=False)
+
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Train in less memory: backward recomputes the encoder's blocks."""
+        for block in self.image_encoder.blocks:
+            block.grad_checkpointing = enable
 
     def store_encoder(self, dtype: torch.dtype) -> None:
         """Cast the encoder's linear and convolution layers to autocast's `dtype` ahead of time.
@@ -414,6 +420,9 @@ class TSSAM(nn.Module):
 
 forward_lock = threading.Lock()  # see TSSAM.forward
 
+# recompute(f, x) is f(x), but stores no intermediate activations; backward recomputes them.
+recompute = partial(checkpoint, use_reentrant=False, preserve_rng_state=False)
+
 
 class EncoderBlock(Block):
     """SAM's block with optional activation checkpointing.
@@ -421,23 +430,25 @@ class EncoderBlock(Block):
     The taps are outside, so their batch norms see each batch once.
     """
 
-    grad_checkpoint = False
+    grad_checkpointing = False
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, g, g, C) -> the same shape."""
-        return recompute(super().forward, x) if self.grad_checkpoint else super().forward(x)
+        return recompute(super().forward, x) if self.grad_checkpointing else super().forward(x)
 
 
-class FusedAttention(Attention):
-    """SAM's attention, computed for a few rows of queries at a time.
+class ChunkedAttention(Attention):
+    """SAM's attention, for a chunk of the queries at a time: rows of the map.
 
     SAM computes softmax(q k^T / sqrt(d) + rel_h + rel_w) v, a bias for the rows and one for the
     columns between query and key. The N x N scores of each head (N = h * w, 4096 at 1024 x 1024)
     would take most of the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a
-    few rows as its mask (one row at 1024 x 1024, a whole window), and backward recomputes it.
+    chunk as its mask, and backward recomputes it.
     """
 
-    SCORES = 2**18  # of one head at a time; from 2**20 on they no longer fit a CPU's cache
+    # A CPU computes head by head, and from 2**20 scores on these no longer fit its cache. A GPU
+    # computes all heads and images at once, and with fewer most of it is idle.
+    SCORES_PER_CHUNK = {"cpu": 2**18, "cuda": 2**28}
 
     def forward(self, x: Tensor) -> Tensor:
         """x (B, h, w, C) -> the same shape."""
@@ -449,24 +460,33 @@ class FusedAttention(Attention):
         with x.device:  # get_rel_pos makes its index there; one on the CPU would stall a GPU
             table_h = get_rel_pos(h, h, self.rel_pos_h)  # (h, h, d)
             table_w = get_rel_pos(w, w, self.rel_pos_w)  # (w, w, d)
-        rows = max(1, self.SCORES // (w * h * w))
-        pieces = [
+        on_gpu = x.device.type == "cuda"
+        scores = self.SCORES_PER_CHUNK["cuda" if on_gpu else "cpu"]
+        scores_per_row = w * h * w * (len(x) * self.num_heads if on_gpu else 1)
+        rows = max(1, scores // scores_per_row)
+        chunks = [
             recompute(self.attend, q_rows, k, v, table_rows, table_w)
             for q_rows, table_rows in zip(q.split(rows, dim=2), table_h.split(rows), strict=True)
         ]
-        return self.proj(torch.cat(pieces, dim=2).permute(0, 2, 3, 1, 4).flatten(3))
+        return self.proj(torch.cat(chunks, dim=2).permute(0, 2, 3, 1, 4).flatten(3))
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor, table_h: Tensor, table_w: Tensor) -> Tensor:
         """r rows of queries q (B, heads, r, w, d), all k and v (B, heads, N, d) -> the shape of q."""
-        rel_h = torch.einsum("bnrwd,rkd->bnrwk", q, table_h)  # (B, heads, r, w, h)
-        rel_w = torch.einsum("bnrwd,wkd->bnrwk", q, table_w)  # (B, heads, r, w, w)
+        # einsum returns permuted tensors, and their sum would have to be copied once more.
+        rel_h = torch.einsum("bnrwd,rkd->bnrwk", q, table_h).contiguous()  # (B, heads, r, w, h)
+        rel_w = torch.einsum("bnrwd,wkd->bnrwk", q, table_w).contiguous()  # (B, heads, r, w, w)
         bias = rel_h[..., :, None] + rel_w[..., None, :]  # (B, heads, r, w, h, w)
         bias = bias.flatten(2, 3).flatten(3)  # (B, heads, r * w, N)
         return F.scaled_dot_product_attention(q.flatten(2, 3), k, v, attn_mask=bias).view_as(q)
 
 
 # -------------------------------------------------------------------------------------------------
-# Files: SAM's published weights, the authors' checkpoints, ours
+# Files: SAM's published weights, the release's checkpoints, ours
+
+
+class InputError(ValueError):
+    """Bad input from the user. One line: what is wrong, which file or flag, what to do."""
+
 
 SAM_URL = "https://dl.fbaipublicfiles.com/segment_anything/"
 SAM_FILES = {  # published file, sha256
@@ -675,10 +695,18 @@ def load_checkpoint(
 
     SAM's weights come from `sam_checkpoint`, else from the file used in training if it is still
     there, else from `sam_weights`; an authors' checkpoint contains them. The other content is
-    `task` (in an authors' checkpoint "shadow" or "sod or cod"), `encoder` and train.py's values.
+    `config`, `task` (in an authors' checkpoint "shadow" or "sod or cod") and train.py's values.
     """
     content = read_checkpoint(path)
-    model = TSSAM(**content.pop("config"))
+    model = build_from(content, path, sam_checkpoint)
+    return model.eval(), {n: v for n, v in content.items() if n not in ("trained", "encoder")}
+
+
+def build_from(
+    content: dict, path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None
+) -> TSSAM:
+    """The model of what `read_checkpoint` read from `path`."""
+    model = TSSAM(**content["config"])
     encoder = content["encoder"]
     if sam_checkpoint is None and encoder["weights"] is not None:
         copy_tensors(encoder["weights"], model.image_encoder.state_dict(), f"{path}, its encoder")
@@ -693,8 +721,8 @@ def load_checkpoint(
                 f"{path}: trained on another encoder than {sam_checkpoint}; pass the right file with"
                 " --sam-checkpoint"
             )
-    copy_tensors(content.pop("trained"), trained_part(model.state_dict()), str(path))
-    return model.eval(), content
+    copy_tensors(content["trained"], trained_part(model.state_dict()), str(path))
+    return model
 
 
 def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
@@ -764,7 +792,10 @@ def copy_tensors(state: Mapping[str, Tensor], targets: Mapping[str, Tensor], whe
 
 def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
     """Have `save` write a file under a temporary name, then rename it: no file is ever half-written."""
-    temporary = path.with_name(path.name + ".tmp")
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[
+        :16
+    ]  # a long name has no room for more
+    temporary = path.with_name(f".{name}.tmp")
     try:
         save(temporary)
         with temporary.open("rb+") as file:
@@ -826,6 +857,7 @@ def summarize(sam: str, size: int = 1024) -> None:
 
 
 if __name__ == "__main__":
+    argparse.ArgumentParser(description="Print the parts of TS-SAM_B, L and H.").parse_args()
     for name in ("vit_b", "vit_l", "vit_h"):
         summarize(name)
     print("Shadow detection adds the high-frequency embedding: 196,864 trained parameters.")
