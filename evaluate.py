@@ -1042,7 +1042,8 @@ def draw_samples(rows: list[tuple[str, Sample, np.ndarray | None]], path: Path) 
     width, height = 246, 186
     sheet = Image.new("RGB", (3 * width, 20 + len(rows) * height), "white")
     draw = ImageDraw.Draw(sheet)
-    draw.text((3, 3), "image, outline of its mask; mask; prediction", fill="black", font_size=12)
+    columns = "image with the outline of its mask; mask" + "; prediction" * (rows[0][2] is not None)
+    draw.text((3, 3), columns, fill="black", font_size=12)
     for y, (title, sample, prediction) in enumerate(rows):
         top = 20 + y * height
         title = title.encode("ascii", "replace").decode()

@@ -364,11 +364,23 @@ def test_float64_parity_with_the_release(high_freq):
 def test_counts(sam, csa, mrm, trained):
     with torch.device("meta"):
         model, with_high_freq = build_tssam(sam), build_tssam(sam, high_freq=True)
-        theirs = sam_model_registry[sam]().image_encoder
+        whole_sam = sam_model_registry[sam]()
+        theirs = whole_sam.image_encoder
     counts = [
         sum(p.numel() for p in m.parameters() if p.requires_grad) for m in (model, with_high_freq)
     ]
     assert (len(model.csa), len(model.mrm), *counts) == (csa, mrm, trained, trained + 196_864)
+    if sam == "vit_b":  # III-C: a baseline that trains SAM's mask decoder, which the FFD replaces
+        decoder, mrm_and_ffd, csa_and_embedding = (
+            sum(p.numel() for m in parts for p in m.parameters())
+            for parts in (
+                [whole_sam.mask_decoder],
+                [*model.mrm, model.ffd],
+                [*model.csa, model.csa_embedding],
+            )
+        )
+        assert (decoder, mrm_and_ffd, csa_and_embedding) == (4_058_340, 6_411_649, 5_481_216)
+        assert mrm_and_ffd - decoder == 2_353_309  # the paper's 2.35 M, beside 5.49 M of CSA
     if sam == "vit_h":
         assert sum(p.numel() for p in model.parameters()) == 666_463_617  # the paper's 4.4 %
         assert model.config["mrm_blocks"] == list(range(20, 32))
