@@ -45,7 +45,7 @@ import numpy as np
 import py_sod_metrics
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageChops, ImageDraw, ImageFilter, ImageOps
+from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
@@ -676,9 +676,10 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
         datasets += found
     if not datasets:
         raise InputError(f"--data: {files[0]} is no image, and neither is any other")
-    for s in datasets:
-        if need_masks and s.pairs[0].mask is None:
-            raise InputError(f"{s.folder}: no masks; name their folder, as in --data IMAGES,MASKS")
+    if files and need_masks:
+        raise InputError(
+            f"--data: {files[0]} has no mask; evaluate.py --save predicts without masks"
+        )
     return datasets
 
 
@@ -1051,10 +1052,7 @@ def draw_samples(rows: list[tuple[str, Sample, np.ndarray | None]], path: Path) 
         fit = ImageOps.contain(Image.new("L", sample.size[::-1]), (width - 6, height - 26)).size
         mask = Image.fromarray(sample.mask).resize(fit)
         image = Image.fromarray(sample.pixels).resize(fit)
-        outline = ImageChops.logical_xor(
-            mask, mask.convert("L").filter(ImageFilter.MaxFilter(3)).convert("1")
-        )
-        image.paste("red", mask=outline)
+        image.paste("red", mask=mask.convert("L").filter(ImageFilter.FIND_EDGES))
         panels = [image, mask]
         if prediction is not None:
             panels.append(Image.fromarray(prediction).resize(fit))

@@ -367,7 +367,7 @@ def describe_run(args: argparse.Namespace, encoder: dict, **pairs: list[Pair]) -
 
 
 def check_resumed(run: dict, before: dict) -> None:
-    """Refuse to resume what would be another experiment."""
+    """Refuse to resume with other options or data."""
     for name, value in run.items():
         if name not in MAY_CHANGE and value != before.get(name):
             todo = "start a new run, from its weights with --init"
