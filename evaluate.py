@@ -37,7 +37,8 @@ from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
-from itertools import islice, permutations
+from glob import glob
+from itertools import islice, product
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -583,7 +584,7 @@ def prepare_save(save: Path, datasets: list["ImageSet"]) -> None:
 # -------------------------------------------------------------------------------------------------
 # Datasets: two folders said outright, or known by their names
 
-DATA_HELP = "datasets: folders in a known layout, or IMAGES,MASKS"
+DATA_HELP = "datasets: folders in a known layout, or IMAGES,MASKS (folders, or patterns of files)"
 UNREADABLE = {"BUFR", "EMF", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only recognises these formats
 FORMATS = Image.registered_extensions()
 EXTENSIONS = {end for end, kind in FORMATS.items() if kind in Image.OPEN.keys() - UNREADABLE}
@@ -595,7 +596,7 @@ IMAGE_FOLDERS = (
 )
 MASK_FOLDERS = (
     "gt gts gt_object groundtruth ground_truth mask masks shadowmasks pixelwisegt_new_png label labels"
-    " ann_dir annotation annotations segmentationclass train_b test_b"
+    " ann_dir annotation annotations segmentationclass 1st_manual manual1 train_b test_b"
 )
 SPLIT_FOLDERS = {
     "train": "tr train training traindataset trainingdataset",
@@ -632,11 +633,11 @@ def existing(text: str) -> Path:
 
 
 def named_folders(text: str | Path) -> list[Path]:
-    """What --data takes: a path, or the two of IMAGES,MASKS."""
+    """What --data takes: a path, or the two of IMAGES,MASKS, folders or patterns such as x/*_mask.png."""
     text = str(text)
     commas = [i for i, character in enumerate(text) if character == ","]
     for paths in ([text], *([text[:i], text[i + 1 :]] for i in commas)):
-        if all(map(os.path.exists, paths)):
+        if all(map(glob, paths)) or os.path.exists(text):
             return [Path(path) for path in paths]
     raise InputError(f"{text}: no such file or folder; pass the dataset with --data (or --val)")
 
@@ -654,6 +655,10 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
         if paths[0].is_file():
             continue
         if len(paths) == 2:
+            if paths[0] == paths[1]:
+                raise InputError(
+                    f"--data: {root}: images and masks are the same; name patterns of each"
+                )
             holder = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
             datasets.append(ImageSet(name_of(holder), root, None, pair_files(*paths)))
             continue
@@ -661,17 +666,16 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
         if splits == TRAIN:
             found = [s for s in found if s.split] or found
             if len(found) > 1 and found[0].split is None:
-                names = ", ".join(s.name for s in found)
+                names = " ".join(s.folder for s in found[:3])
                 raise InputError(
-                    f"--data: {root} contains several datasets ({names}); pass one or more"
+                    f"--data: {root} contains {len(found)} datasets; pass one or more, as in --data {names}"
                 )
         elif not found and not need_masks:
             found = without_masks(paths[0], files_below(paths[0]))
         if not found or (need_masks and any(s.pairs[0].mask is None for s in found)):
-            folders = shlex.quote(propose(paths[0]) or "IMAGES,MASKS")
+            todo = "; evaluate.py --save predicts without masks" if splits == TEST else ""
             raise InputError(
-                f"{root}: no images beside masks for the {splits[0]} split; name both folders, as in --data"
-                f" {folders} (evaluate.py --save predicts without masks)"
+                f"{root}: no images beside masks for the {splits[0]} split; {advice(paths[0])}{todo}"
             )
         datasets += found
     if not datasets:
@@ -766,8 +770,8 @@ def entries(folder: Path) -> list[Path]:
 
 
 def files_below(folder: Path) -> Iterator[Path]:
-    """The files in a folder and below it."""
-    for entry in entries(folder):
+    """The files in a folder and below it, or of a pattern."""
+    for entry in entries(folder) if folder.is_dir() else map(Path, sorted(glob(str(folder)))):
         if entry.is_dir():
             yield from files_below(entry)
         else:
@@ -795,21 +799,18 @@ def image_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, 
             )
         else:
             named[name] = file
-    if (
-        others
-        and not named
-        and {file.suffix.lower() for file in others} & {".json", ".xml", ".txt"}
-    ):
-        raise InputError(
-            f"{others[0]}: polygons or boxes, not masks; draw them into images first, as large as the"
-            " photographs"
-        )
+    if others and not named and others[0].suffix.lower() in POLYGONS:
+        raise InputError(f"{others[0]}: {NO_MASKS}")
     if others:
         warn(
             f"{others[0].parent}: skipped {len(others)} files whose extensions Pillow does not know, such as"
             f" {others[0].name}"
         )
     return named
+
+
+POLYGONS = (".json", ".xml", ".txt")
+NO_MASKS = "polygons or boxes, not masks; draw them into images first"
 
 
 def without_masks(folder: Path, files: Iterable[Path]) -> list[ImageSet]:
@@ -850,7 +851,10 @@ def match(
             if more or len(others) == len(images):
                 return {name: other_of[key] for key, name in keys.items()}
             break
-    alone = [sorted(keys.keys() - other_of.keys()), sorted(other_of.keys() - keys.keys())]
+    alone = [
+        sorted(images[keys[key]].name for key in keys.keys() - other_of.keys()),
+        sorted(other_of[key].name for key in other_of.keys() - keys.keys()),
+    ]
     alone = [f"{len(names)}{f' such as {names[0]}' if names else ''}" for names in alone]
     raise InputError(
         f"{where}: images without a partner: {alone[0]}; partners without an image: {alone[1]};"
@@ -878,23 +882,36 @@ def without_shared_words(names: Iterable[str]) -> list[str]:
     ]
 
 
-def propose(root: Path) -> str:
-    """IMAGES,MASKS of two folders below `root` whose names pair up, most of them first; or ""."""
+def advice(root: Path) -> str:
+    """What to pass as --data for a folder in no known layout."""
     below = defaultdict(dict)
-    for file in islice(files_below(root), 20_000):
+    files = list(islice(files_below(root), 50_000))
+    for file in files:
         if file.suffix.lower() in EXTENSIONS:
             for folder in [f for f in file.parents if f.is_relative_to(root)]:
                 below[folder][name_in(folder, file)] = file
+    photos = [folder for folder, images in below.items() if are_photographs(images) == {True}]
+    masks = [folder for folder, images in below.items() if are_photographs(images) == {False}]
     pairs = []
-    for one, two in permutations(below, 2):
-        apart = not (one.is_relative_to(two) or two.is_relative_to(one))
-        if apart and len(below[one]) > 1:
-            with suppress(InputError):
-                match(below[one], below[two], "", True)
-                # Photographs take more bytes than masks.
-                sizes = [sum(f.stat().st_size for f in below[d].values()) for d in (one, two)]
-                pairs.append((len(below[one]), sizes[0] - sizes[1], one, two))
-    return ",".join(map(str, max(pairs)[2:])) if pairs else ""
+    for one, two in product(photos, masks):
+        with suppress(InputError):
+            match(below[one], below[two], "", True)
+            pairs.append((len(below[one]), len(os.path.commonpath((one, two))), f"{one},{two}"))
+    if not pairs:
+        for file in files:
+            if file.suffix.lower() in POLYGONS:
+                return f"{file.name}: {NO_MASKS}"
+    folders = max(pairs)[-1] if pairs else "IMAGES,MASKS"
+    return f"name both folders, as in --data {shlex.quote(folders)}"
+
+
+def are_photographs(images: dict[str, Path]) -> set[bool]:
+    """Whether the first and the last of some images have many colours."""
+    answers = set()
+    for file in list(images.values())[:: max(1, len(images) - 1)]:
+        thumbnail = open_image(file, "RGB").resize((64, 64), Image.Resampling.NEAREST)
+        answers.add(thumbnail.getcolors(100) is None)
+    return answers
 
 
 def plain_name(name: str) -> str:

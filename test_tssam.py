@@ -998,8 +998,8 @@ def test_the_words_that_name_folders():
         ),
         (
             evaluate.MASK_FOLDERS,
-            "ann_dir annotation annotations ground_truth groundtruth gt gt_object gts label labels mask"
-            " masks pixelwisegt_new_png segmentationclass shadowmasks test_b train_b",
+            "1st_manual ann_dir annotation annotations ground_truth groundtruth gt gt_object gts label labels"
+            " manual1 mask masks pixelwisegt_new_png segmentationclass shadowmasks test_b train_b",
         ),
     ):
         assert sorted(words.split()) == expected.split()
@@ -1117,13 +1117,13 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
         (
             "more",
             evaluate.TRAIN,
-            "images without a partner: 0; partners without an image: 1 such as b; names must",
+            "images without a partner: 0; partners without an image: 1 such as b.png; names must",
         ),
         ("nowhere", evaluate.TEST, "nowhere: no such file or folder; .* with --data"),
         (
             "alone",
             evaluate.TRAIN,
-            "images without a partner: 1 such as b; partners without an image: 0;",
+            "images without a partner: 1 such as b.jpg; partners without an image: 0;",
         ),
         (
             "twice",
@@ -1138,7 +1138,7 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path, capsys):
         (
             "orphan",
             evaluate.TRAIN,
-            "images without a partner: 0; partners without an image: 1 such as b",
+            "images without a partner: 0; partners without an image: 1 such as b.png",
         ),
         (
             "several",
@@ -2517,7 +2517,7 @@ def test_what_evaluation_refuses(score):
     for flags, message in (
         (
             f"{MAPS} --data ECSSD",
-            "ECSSD and --maps maps/ECSSD: images without a partner: 1 such as b; partners",
+            "ECSSD and --maps maps/ECSSD: images without a partner: 1 such as b.jpg; partners",
         ),
         (f"{MAPS} --data data/test", "--maps: maps has no folder for data: CAMO, ECSSD"),
         (f"--maps several/ECSSD {SETS}", "several/ECSSD has no folder for CAMO"),
@@ -2937,6 +2937,27 @@ def test_two_folders_in_both_scripts(here, run):
     assert "run/last.pt: sod" in run(evaluate, "--ckpt run --workers 0 --device cpu").out
 
 
+def test_images_and_masks_in_one_folder(here, run):
+    """Patterns tell them apart."""
+    for _, image, mask in make_pairs(here / "one", "x + y", "abc"):
+        image.rename(here / "one" / f"{image.stem}_sat.jpg")
+        mask.rename(here / "one" / f"{mask.stem}_mask.png")
+    ended = run(train, f"{TINY} --data one/*_sat.jpg,one/*_mask.png --epochs 1 --out run")
+    assert ended.code == 0 and "train: one: 3 images in one, masks in one, no splits" in ended.out
+    assert torch.load("run/last.pt", weights_only=True)["run"]["data"] == [f"{here}/one/*_sat.jpg,{here}/one/*_mask.png"]
+    ended = run(train, f"{TINY} --data one,one --epochs 1 --out other")
+    assert ended.code == 2 and "one,one: images and masks are the same; name patterns" in ended.err
+
+
+def test_a_test_split_without_masks_is_not_validated_on(here, run):
+    make_pairs(here / "half", "train/images + train/masks", "abcd")
+    make_pairs(here / "half", "test/images + elsewhere")
+    ended = run(train, f"{TINY} --data half --epochs 1 --out run")
+    assert ended.code == 0 and "val:   none" in ended.out, ended.err
+    ended = run(train, f"{TINY} --data half --val half/test --epochs 1 --out other")
+    assert ended.code == 2 and "half/test: no images beside masks for the val split" in ended.err
+
+
 def test_a_part_is_held_out(here, run):
     make_pairs(here / "own", "images + masks", "abcdefghij")
     for seed in (0, 1):
@@ -2962,12 +2983,19 @@ def test_a_part_is_held_out(here, run):
 def test_what_an_unknown_layout_proposes(here, run):
     make_pairs(here / "CVC", "Photos + nested/Truth", "abc", side=80)
     ended = run(train, f"{TINY} --data CVC")
-    command = "name both folders, as in --data CVC/Photos,CVC/nested/Truth (evaluate.py --save"
-    assert ended.code == 2 and command in ended.err and len(ended.err) < 200
+    command = "name both folders, as in --data CVC/Photos,CVC/nested/Truth"
+    assert ended.code == 2 and ended.err.endswith(f"{command}\n") and len(ended.err) < 160
     Path("CVC/nested").rename("CVC/my nested")
     assert "--data 'CVC/Photos,CVC/my nested/Truth'" in run(train, f"{TINY} --data CVC").err
     shutil.rmtree("CVC/my nested")
     assert "as in --data IMAGES,MASKS" in run(train, f"{TINY} --data CVC").err
+    # Of two splits with the same names the pairs of one; nothing that mixes images and masks.
+    for split in ("a", "b"):
+        make_pairs(here / "two", f"{split}/Bilder + {split}/Masken", "abc")
+    assert "--data two/b/Bilder,two/b/Masken" in run(train, f"{TINY} --data two").err
+    Path("CVC/a.json").touch()
+    assert "a.json: polygons or boxes, not masks; draw" in run(train, f"{TINY} --data CVC").err
+    Path("CVC/a.json").unlink()
     Path("CVC/labels").mkdir()
     for ending in ("json", "xml", "txt"):
         for stem in "abc":

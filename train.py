@@ -392,17 +392,13 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[st
     elif not args.val:
         folders = [d for d in args.data if os.path.isdir(d)]
         found = [s for d in folders for s in evaluate.find_split(Path(d), evaluate.VALIDATION)]
-        val_sets = [s for s in found if s.split]
+        val_sets = [s for s in found if s.split and s.pairs[0].mask]
         camo = [s for s in val_sets if evaluate.plain_name(s.name) == "CAMO"]
         if args.task == "cod" and camo:
             val_sets = camo  # 250 images; the four test sets are 6,473 (source: release)
     for kind, datasets in (("train:", train_sets), ("val:  ", val_sets)):
         for s in datasets:
             say(f"{kind} {s}")
-            if s.pairs[0].mask is None:
-                raise InputError(
-                    f"--val: {s.folder} has no masks; pass another, or a fraction such as 0.1"
-                )
             first_process(lambda s=s: evaluate.check_files(s, args.workers, args.size))
     train_pairs = [pair for s in train_sets for pair in s.pairs]
     val_pairs = [pair for s in val_sets for pair in s.pairs]
