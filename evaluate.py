@@ -1,14 +1,14 @@
 """Score TS-SAM, or any method's saved maps.
 
     python evaluate.py --ckpt runs/sod-vit_h                      on the data it was validated on
-    python evaluate.py --ckpt runs/sod-vit_h --data DUTS ECSSD --save masks --csv table.csv
+    python evaluate.py --ckpt runs/sod-vit_h --data DUTS ECSSD --save maps --csv table.csv
     python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol full-size
-    python evaluate.py --ckpt runs/mine --data photos --save masks      no ground truth: predict only
-    python evaluate.py --maps masks --data DUTS ECSSD             saved maps, no checkpoint
+    python evaluate.py --ckpt runs/mine --data photos --save predictions    no ground truth: predict only
+    python evaluate.py --maps maps --data DUTS ECSSD              saved maps, no checkpoint
 
 Metrics follow one of two protocols; `py_sod_metrics` computes both:
 
-    paper      as in the paper's released code: prediction and mask are compared at the model's S x S,
+    paper      what the paper's released code computes: prediction and mask are compared at the model's S x S,
                the mask resized (nearest) and cut at > 0, the prediction in floating point.
                Weighted F-measure with beta^2 = 0.3. BER: mean over images.
     full-size  the usual protocol: logits upsampled to the mask's own size, sigmoid, rounded to 8
@@ -80,7 +80,7 @@ warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
 
 
 def run_network(network: Callable, images: Tensor, precision: str) -> Tensor:
-    """The network's logits, float32; losses, FFT and metrics are float32 whatever the precision."""
+    """The network's logits, float32, computed under autocast."""
     enabled = precision != "fp32"
     with torch.autocast(images.device.type, PRECISIONS[precision], enabled=enabled):
         return network(images)
@@ -93,7 +93,7 @@ balanced_error = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=Fal
 
 
 def to_grey(prediction: np.ndarray) -> np.ndarray:
-    """Floats in [0, 1] (paper) or uint8 (full-size), in the range from 0 to 255."""
+    """A prediction, floats in [0, 1] (paper) or uint8 (full-size), scaled to [0, 255]."""
     return prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255
 
 
@@ -105,7 +105,7 @@ def score_objects(
     E and F are curves over 256 thresholds. The prediction is stretched to [0, 1] first, as in the
     field's toolboxes: a map's offset and contrast do not count, and MAE is no plain mean of
     |prediction - mask|. A metric that is nan, as S is where all foreground lies in the last row,
-    counts 0 (source: release).
+    or column, counts 0 (source: release).
 
     Args:
         prediction: (H, W), floats in [0, 1] (paper) or uint8 (full-size).
@@ -173,8 +173,8 @@ def average(rows: list[dict], protocol: Protocol) -> dict[str, float]:
 
 METRICS = ("S", "E", "wF", "MAE", "maxF", "adpF", "meanF", "maxE", "BER", "BER_pooled")
 
-# Tables I and II of the paper; Table III's numbers are not at hand. Of the whole dataset, of so many
-# images.
+# Tables I and II of the paper; Table III's numbers are not at hand. The integer is the number of
+# images; rows are printed only when all are there.
 PUBLISHED = """
 TS-SAM_B CHAMELEON   76 S 0.912 E 0.947 wF 0.849 MAE 0.023
 TS-SAM_H CHAMELEON   76 S 0.942 E 0.966 wF 0.900 MAE 0.017
@@ -267,7 +267,7 @@ def resize_image(image: Image.Image, size: int) -> np.ndarray:
 
 
 def read_grey(path: Path) -> tuple[Image.Image, bool]:
-    """A mask or a map as 8-bit grey, floats of at most 1 times 255; whether its file is lossy."""
+    """A mask or map as 8-bit grey (floats of at most 1 times 255); also whether its file is lossy."""
     image = open_image(path)
     lossy = image.format in LOSSY or image.info.get("compression") == "jpeg"  # the latter in TIFF
     if image.mode == "F" and image.getextrema()[1] <= 1:
@@ -281,8 +281,9 @@ def read_grey(path: Path) -> tuple[Image.Image, bool]:
 def read_mask(path: Path) -> Image.Image:
     """A mask file as 8-bit grey.
 
-    A lossy file, where faint noise surrounds the object, is cut at half of its own maximum. A mask
-    that is nowhere above 128, such as one of 0 and 1, is read as 0 and 255.
+    A lossy file, where faint noise surrounds the object, is cut at half of its maximum if that is
+    above 8 (ours; the release cuts at 0). A mask that is nowhere above 128, such as one of 0 and 1,
+    is read as 0 and 255.
     """
     mask, lossy = read_grey(path)
     top = mask.getextrema()[1]
@@ -482,7 +483,7 @@ def score_checkpoints(args: argparse.Namespace) -> Iterator[tuple[Path, "ImageSe
         if args.data is None:
             if not info.get("val"):
                 raise InputError(
-                    f"--ckpt: {file}: trained without a validation set of its own; pass datasets with --data"
+                    f"--ckpt: {file}: trained without a validation set, or with a fraction held out; pass datasets with --data"
                 )
             datasets = find_test_sets(info["val"], VALIDATION, args)
         if args.save is not None:

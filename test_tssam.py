@@ -64,6 +64,11 @@ def cases(table: str) -> list[list[str]]:
     return [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
 
 
+def cases(table: str) -> list[list[str]]:
+    """The rows of a table, a case a line, its cells divided by bars."""
+    return [[cell.strip() for cell in line.split("|")] for line in table.strip().splitlines()]
+
+
 def tiny(seed: int = 0, **arguments) -> TSSAM:
     """A `tiny` model in which nothing is zero or one by initialisation, so that no term can hide."""
     torch.manual_seed(seed)

@@ -45,33 +45,33 @@ from tssam import TSSAM, InputError
 
 
 def bce_iou(logits: Tensor, masks: Tensor) -> Tensor:
-    """Camouflaged and salient objects: BCE + (1 - IoU), the IoU of each image's sigmoid map, averaged.
+    """BCE + (1 - IoU), for camouflaged and salient objects; a soft IoU per image, then averaged.
 
     logits (B, 1, S, S), float32 as `TSSAM` gives them, and masks (B, 1, S, S) of 0 and 1 -> scalar.
     """
     probability = logits.sigmoid()
     intersection = (probability * masks).sum(dim=(1, 2, 3))
     union = (probability + masks).sum(dim=(1, 2, 3)) - intersection
-    iou = intersection / union.clamp_min(1e-6)  # 0 / 0: an empty mask, predicted empty (ours)
+    iou = intersection / union.clamp_min(1e-6)  # an empty mask, predicted empty, has IoU 0 (ours)
     return F.binary_cross_entropy_with_logits(logits, masks) + (1 - iou).mean()
 
 
 def balanced_bce(logits: Tensor, masks: Tensor) -> Tensor:
-    """Shadows: P/(P+N) * BCE(pos_weight = N/P), with P positive and N negative pixels in the batch.
+    """P/(P+N) * BCE(pos_weight = N/P), for shadows.
 
-    On several GPUs or with --accumulate: in the micro-batch, as in the release. Written as positive
-    pixels weighing N/(P+N) and negative ones P/(P+N), which is the same and allows P = 0. Shapes as
-    in `bce_iou`.
+    P positive and N negative pixels are counted in the micro-batch (source: release). Computed as
+    weights N/(P+N) of positive and P/(P+N) of negative pixels: the same, and defined for P = 0.
+    Shapes as in `bce_iou`.
     """
     positive_share = masks.mean()  # P/(P+N)
     weight = torch.where(masks > 0, 1 - positive_share, positive_share)
     return F.binary_cross_entropy_with_logits(logits, masks, weight=weight)
 
 
-def learning_rate(epoch: int, epochs: int, first: float) -> float:
-    """A cosine over the epochs, counted from 1, towards 1e-7 (source: paper; the 1e-7 from the release)."""
-    last = 1e-7
-    return last + (first - last) * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
+def learning_rate(epoch: int, epochs: int, lr: float) -> float:
+    """Cosine decay from `lr` in epoch 1 towards 1e-7 (source: paper; the 1e-7 from the release)."""
+    min_lr = 1e-7
+    return min_lr + (lr - min_lr) * (1 + math.cos(math.pi * (epoch - 1) / epochs)) / 2
 
 
 # -------------------------------------------------------------------------------------------------
@@ -86,7 +86,10 @@ def train_epoch(
     args: argparse.Namespace,
     epoch: int,
 ) -> dict:
-    """Take an epoch's steps; returns its row of log.csv. `network` is a TSSAM or shares one."""
+    """Take an epoch's steps; returns its row of log.csv.
+
+    `network` is a TSSAM, or the DistributedDataParallel around one.
+    """
     start = time.monotonic()
     network.train()
     optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.epochs, args.lr)
@@ -99,7 +102,7 @@ def train_epoch(
         loss = torch.zeros((), device=args.device)
         for i in range(args.accumulate):
             images, masks = next(batches)
-            # DistributedDataParallel averages gradients in the last micro-batch alone.
+            # DistributedDataParallel communicates once, after the last micro-batch.
             network.require_backward_grad_sync = i + 1 == args.accumulate
             logits = evaluate.run_network(network, images, args.precision)
             micro_loss = loss_of(logits, masks) / args.accumulate
@@ -117,7 +120,8 @@ def train_epoch(
     batches.close()  # and with it its threads, before validation
     check_finite("loss", losses[-1:], epoch)
     check_finite("weights", (p for p in network.parameters() if p.requires_grad), epoch)
-    for buffer in network.buffers() if WORLD > 1 else ():  # the first process's statistics
+    # The last step's running statistics, of the first process.
+    for buffer in network.buffers() if WORLD > 1 else ():
         dist.broadcast(buffer, 0)
     check_finite("statistics", network.buffers(), epoch)
     seconds = time.monotonic() - start
@@ -200,7 +204,7 @@ def main() -> None:
     about["run"] = describe_run(args, encoder, **pairs) | dict(data=data, val=val or args.val)
     check_resumed(about["run"], stored.get("run", about["run"]))
 
-    # Averages gradients; each process has its own batch norms.
+    # Averages gradients. Each process normalises with the statistics of its own micro-batch.
     network = DistributedDataParallel(model) if WORLD > 1 else model
     trained = [p for p in model.parameters() if p.requires_grad]
     if args.recipe == "released":
@@ -236,7 +240,7 @@ def main() -> None:
         save("last.pt", rows=rows, best_score=best_score, **state)
 
     metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
-    # A run that was stopped in an epoch's validation goes on with that.
+    # A run that was stopped in an epoch's validation resumes there.
     is_pending = bool(rows and val_pairs and metric not in rows[-1])
     for epoch in range(len(rows) + (0 if is_pending else 1), args.epochs + 1):
         if epoch > len(rows):
@@ -262,7 +266,9 @@ def main() -> None:
         say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
     if best_score > -math.inf:
         say(f"best:  {metric} {abs(best_score):.4f}, {args.out / 'best.pt'}")
-    say(f"next:  python evaluate.py --ckpt {shlex.quote(str(args.out))} --data PHOTOS --save masks")
+    say(
+        f"next:  python evaluate.py --ckpt {shlex.quote(str(args.out))} --data PHOTOS --save predictions"
+    )
     if WORLD > 1:
         dist.destroy_process_group()
 
@@ -273,8 +279,8 @@ def main() -> None:
 # Enough for a few shapes, two CPU cores and a minute or two; command-line options override these.
 DEMO = dict(sam="tiny", sam_checkpoint="random", size=256, epochs=10, batch_size=4, lr=2e-3)
 
-# Options of the machine and the output: not remembered. The others are, and --resume may change
-# none but those of the second line.
+# last.pt stores all options but those of the machine and the output. Of these, --resume may change
+# only the second line's.
 NOT_REMEMBERED = ("workers", "device", "out", "resume")
 MAY_CHANGE = ("data", "val", "sam_checkpoint", "accumulate", "grad_checkpoint")
 
@@ -310,7 +316,7 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     machine.add_argument("--grad-checkpoint", action="store_true", help="recompute the encoder's blocks in backward: less memory")
     # fmt: on
 
-    args = parser.parse_args()
+    args = parser.parse_args()  # and again after other defaults are set, so that typed options win
     if args.demo:
         parser.set_defaults(**DEMO)
     if args.resume not in (None, True):

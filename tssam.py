@@ -10,26 +10,26 @@ follow its Section II:
 
 The method, for block i of the encoder:
 
-    y = block_i(x)               frozen; x is the block's input
-    f_mrm += gate(deconv(y))     the MRM: two maps of detail, at 1/8 and 1/4 of the image's size
-    x = y + expand(f_csa)        the CSA merges the side stream into y; block i + 1 receives this
-    f_csa = compress(x)          and the merged map is the side stream's next state
+    y = block_i(x)                        frozen; x is the block's input
+    f_mrm += gate(deconv(compress(y)))    Eq. 3-5, MRM: two maps of detail, at 1/8 and 1/4 of the image
+    x = y + expand(f_csa)                 Eq. 1, CSA: merged with the side stream; block i + 1 gets this
+    f_csa = compress(x)                   Eq. 2: compressed again, the side stream's next state
 
-                              MRM ------- MRM ---- ... ---- MRM -------- MRM ---> f_mrm -+
-                               ^           ^                 ^            ^              |
-    images -> patches -----> block 0 --> block 1 -> ... -> block L-1 --> neck           FFD -> logits
-               |      |       v ^         v ^               v ^           v              |
-            F_csa^0 > CSA 0 - CSA 1 ----- CSA 2 -- ... ---- CSA L ------ CSA L+1 > f_csa +
+                                         MRM ------- MRM ----- ... ------ MRM ------- MRM ---> f_mrm -+
+                                          ^           ^                    ^           ^              |
+    images -> patches -> + positions -> block 0 --> block 1 --> ... --> block L-1 --> neck           FFD -> logits
+                 |            |           v ^         v ^                  v ^         v              |
+              F_csa^0 ----- CSA 0 ------ CSA 1 ----- CSA 2 --- ... ------ CSA L ----- CSA L+1 -> f_csa -+
 
-    Up: y feeds an MRM (in ViT-L and ViT-H only the last 12 blocks do). Down (v): the CSA merges y.
-    The ^ beside the v: the merged map replaces y.
+    Above a block: its output y feeds an MRM (in ViT-L and ViT-H, those of the last 12 blocks).
+    Below it: its CSA takes y (v) and gives back the merged map (^), which replaces y.
 
 Vocabulary:
 
     two streams  the paper's: SAM's frozen encoder, and the side stream f_csa beside it
     tap          a forward hook on a module of the encoder; it reads or replaces the module's output
     neck         the encoder's last layers, two convolutions down to 256 channels
-    L, C         the encoder's blocks and its width: 12 and 768 in ViT-B, 32 and 1280 in ViT-H
+    L, C         the encoder's number of blocks and width: 12 and 768 in ViT-B, 32 and 1280 in ViT-H
     C1, C2       the widths of f_csa and of f_mrm (source: release): 256 and 128
     S, g         the image's side in pixels (the paper's H and W), and in patches: g = S / 16
     k            a scale of the MRM: 1 is S/8, 2 is S/4
@@ -157,7 +157,7 @@ class MRM(nn.Module):
         compressed = self.compress(f_vit)
         f1 = self.deconv1(compressed)  # Eq. 3, k = 1
         f2 = self.deconv2(compressed)  # Eq. 3, k = 2
-        # Eq. 4. Backward recomputes the gates: cheap, and storing them at S/4 in 13 MRM is not (ours).
+        # Eq. 4, with activation checkpointing (see `recompute`): a gate is cheap, its maps are large.
         gated1 = recompute(self.gate1, f1)
         gated2 = recompute(self.gate2, f2)
         return gated1 + f_mrm1, gated2 + f_mrm2  # Eq. 5
@@ -180,7 +180,7 @@ def conv3x3(c_in: int, c_out: int) -> nn.Sequential:
 class Injection(nn.Module):
     """Injects the MRM's map of one scale into the decoder's map in two stages, Eq. 6-10.
 
-    Source: paper, but for `conv_mrm`. GAP and GMP, despite their names ("global"), pool over 2x2
+    Source: paper, except for `conv_mrm`. GAP and GMP, despite their names ("global"), pool over 2x2
     windows (source: paper).
     """
 
@@ -192,13 +192,15 @@ class Injection(nn.Module):
         self.stage2 = conv3x3(2 * mrm_width, mrm_width)
 
     def forward(self, x: Tensor, f_mrm: Tensor) -> Tensor:
-        """x (B, C2, h, w), the paper's F_in,csa; f_mrm (B, C2, 2h, 2w) -> F_stage2,csa, f_mrm's shape."""
+        """x (B, C2, h, w), F_in,csa or the last injection's; f_mrm (B, C2, 2h, 2w) -> F_stage2,csa, f_mrm's shape."""
         f_in_mrm = self.conv_mrm(f_mrm)  # Eq. 6
         f_key = F.avg_pool2d(f_in_mrm, 2) + F.max_pool2d(f_in_mrm, 2)  # Eq. 7, (B, C2, h, w)
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
-        # Eq. 9 (bilinear with aligned corners: release), float32 under autocast
+        # Eq. 9 (bilinear with aligned corners: release)
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        x = x.to(f_mrm.dtype)
+        x = x.to(
+            f_mrm.dtype
+        )  # CUDA's autocast interpolates in float32; cat would promote f_mrm too
         return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself
 
 
@@ -210,7 +212,7 @@ class FFD(nn.Module):
         self.conv_csa = conv3x3(csa_width, mrm_width)  # 1x1 in the paper, see `Injection`
         self.inject1 = Injection(mrm_width)
         self.inject2 = Injection(mrm_width)
-        self.head = nn.Conv2d(mrm_width, 1, 1)  # the paper's "output" (source: release)
+        self.head = nn.Conv2d(mrm_width, 1, 1)  # to one channel (source: release)
 
     def forward(self, f_csa: Tensor, f_mrm1: Tensor, f_mrm2: Tensor) -> Tensor:
         """f_csa (B, C1, g, g), f_mrm1 (B, C2, 2g, 2g), f_mrm2 (B, C2, 4g, 4g) -> logits (B, 1, 4g, 4g)."""
@@ -263,9 +265,9 @@ def high_pass(images: Tensor) -> Tensor:
 
 
 class TSSAM(nn.Module):
-    """Two-Stream SAM, Fig. 2 (a): CSA and MRM beside the frozen encoder, the FFD behind them.
+    """Two-Stream SAM, Fig. 2 (a): CSAs and MRMs beside the frozen encoder, followed by the FFD.
 
-    An encoder of L blocks has L + 2 CSA (one for the embedded patches, one per block, one for the
+    An encoder of L blocks has L + 2 CSAs (one for the embedded patches, one per block, one for the
     neck) and one MRM for each of its last 12 blocks and the neck: 14 and 13 in TS-SAM_B, 34 and 13
     in TS-SAM_H. The paper gives these counts; the places come from the release.
 
@@ -294,7 +296,7 @@ class TSSAM(nn.Module):
         if sam not in ENCODERS:
             raise InputError(f"sam: no encoder is called {sam!r}; there are {', '.join(ENCODERS)}")
         if image_size <= 0 or image_size % PATCH:
-            raise InputError(f"--size: {image_size} is not a positive multiple of {PATCH}")
+            raise InputError(f"image size: {image_size} is not a positive multiple of {PATCH}")
         spec = ENCODERS[sam]
         blocks = range(spec.depth)
         csa_blocks = sorted(set(blocks if csa_blocks is None else csa_blocks))
@@ -324,7 +326,7 @@ class TSSAM(nn.Module):
             window_size=spec.window,
             global_attn_indexes=spec.global_blocks,
         ).requires_grad_(False)
-        for block in self.image_encoder.blocks:  # the same numbers in less memory
+        for block in self.image_encoder.blocks:  # SAM's classes with a leaner forward, see below
             block.__class__ = EncoderBlock
             block.attn.__class__ = ChunkedAttention
 
@@ -343,7 +345,7 @@ class TSSAM(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         """images (B, 3, S, S), normalised with ImageNet's mean and std -> logits (B, 1, S, S).
 
-        Logits are float32, in a float64 model float64.
+        Logits are float32, or float64 in a float64 model.
         """
         size = self.config["image_size"]
         if images.shape[1:] != (3, size, size):
@@ -366,7 +368,7 @@ class TSSAM(nn.Module):
             if self.high_freq_embedding is not None:
                 f_csa = f_csa + self.high_freq_embedding(high_pass(images))
             f_vit = (patches + encoder.pos_embed).movedim(-1, 1)
-            f_csa, _ = self.csa[0](f_csa, f_vit)  # nothing is written back (source: release)
+            f_csa, _ = self.csa[0](f_csa, f_vit)  # unlike Eq. 1, not written back (release)
 
         def tap_block(i: int, module: nn.Module, args: tuple, y: Tensor) -> Tensor | None:
             """y (B, g, g, C), block i's output: the MRM reads it; the CSA merges it; the merged map
@@ -378,15 +380,17 @@ class TSSAM(nn.Module):
             if i in csa_of_block:
                 f_csa, merged = csa_of_block[i](f_csa, f_vit)
                 return merged.movedim(1, -1)  # a forward hook's result replaces the output
+            return None
 
         def tap_neck(module: nn.Module, args: tuple, f_vit: Tensor) -> None:
-            """f_vit (B, 256, g, g; in `tiny` 32), the neck's output: the last MRM and CSA."""
+            """f_vit (B, neck channels, g, g), the neck's output: the last MRM and CSA."""
             nonlocal f_csa, f_mrm
             f_mrm = self.mrm[-1](f_vit, *f_mrm)
             f_csa, _ = self.csa[-1](f_csa, f_vit)
 
         # The hooks live for one forward pass: no activation outlives it, and a copied model taps
-        # its own encoder. One pass at a time: threads that share a model would run each other's.
+        # its own encoder. Threads that share a model would trigger each other's hooks, so forward
+        # passes take turns.
         with forward_lock, ExitStack() as taps:
             taps.enter_context(encoder.patch_embed.register_forward_hook(tap_patches))
             for i, block in enumerate(encoder.blocks):
@@ -440,14 +444,14 @@ class EncoderBlock(Block):
 class ChunkedAttention(Attention):
     """SAM's attention, for a chunk of the queries at a time: rows of the map.
 
-    SAM computes softmax(q k^T / sqrt(d) + rel_h + rel_w) v, a bias for the rows and one for the
-    columns between query and key. The N x N scores of each head (N = h * w, 4096 at 1024 x 1024)
+    SAM computes softmax(q k^T / sqrt(d) + rel_h + rel_w) v, with biases by the row and the column
+    of query and key. The N x N scores of each head (N = h * w, 4096 at 1024 x 1024)
     would take most of the encoder's memory. Here `scaled_dot_product_attention` gets the bias of a
     chunk as its mask, and backward recomputes it.
     """
 
-    # A CPU computes head by head, and from 2**20 scores on these no longer fit its cache. A GPU
-    # computes all heads and images at once, and with fewer most of it is idle.
+    # CPU: head by head; 2**18 scores fit its cache, 2**20 do not. GPU: all images and heads at
+    # once; smaller chunks would leave most of it idle.
     SCORES_PER_CHUNK = {"cpu": 2**18, "cuda": 2**28}
 
     def forward(self, x: Tensor) -> Tensor:
@@ -664,7 +668,7 @@ def save_checkpoint(
 
 
 def read_checkpoint(path: str | os.PathLike) -> dict:
-    """What `save_checkpoint` wrote to a file; an authors' checkpoint is put into the same form."""
+    """What `save_checkpoint` wrote to a file; a released checkpoint is put into the same form."""
     content = load_file(path)
     if {"config", "trained", "task", "encoder"} <= content.keys():
         return content
@@ -691,11 +695,11 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
 def load_checkpoint(
     path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None
 ) -> tuple[TSSAM, dict]:
-    """The model of a checkpoint, ours or the authors', on the CPU in eval mode; its other content.
+    """The model of a checkpoint, train.py's or a released one, on the CPU in eval mode; and the rest.
 
     SAM's weights come from `sam_checkpoint`, else from the file used in training if it is still
-    there, else from `sam_weights`; an authors' checkpoint contains them. The other content is
-    `config`, `task` (in an authors' checkpoint "shadow" or "sod or cod") and train.py's values.
+    there, else from `sam_weights`; a released checkpoint contains them. The rest is `config`,
+    `task` (of a released checkpoint "shadow" or "sod or cod") and train.py's values.
     """
     content = read_checkpoint(path)
     model = build_from(content, path, sam_checkpoint)
@@ -726,7 +730,7 @@ def build_from(
 
 
 def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
-    """Fill a model's trained part from a checkpoint, ours or the authors', of the same encoder.
+    """Fill a model's trained part from a checkpoint, train.py's or a released one, of the same encoder.
 
     The image size may differ.
     """
@@ -792,10 +796,9 @@ def copy_tensors(state: Mapping[str, Tensor], targets: Mapping[str, Tensor], whe
 
 def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
     """Have `save` write a file under a temporary name, then rename it: no file is ever half-written."""
-    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()[
-        :16
-    ]  # a long name has no room for more
-    temporary = path.with_name(f".{name}.tmp")
+    # Of a fixed length, because a long name has no room for an ending.
+    name = hashlib.sha256(os.fsencode(path.name)).hexdigest()
+    temporary = path.with_name(f".{name[:16]}.tmp")
     try:
         save(temporary)
         with temporary.open("rb+") as file:
