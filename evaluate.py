@@ -155,19 +155,21 @@ def average(rows: list[dict], protocol: Protocol) -> dict[str, float]:
     E and meanF are the mean, maxE and maxF the largest value of the images' mean curve over the
     thresholds. BER is in percent: the mean over images; BER_pooled is over all pixels.
     """
-    total = {name: sum(row[name] for row in rows) for name in rows[0]}
-    mean = {name: value / len(rows) for name, value in total.items()}
-    if "BER" in mean:
-        metrics = dict(BER=mean.pop("BER"))
+
+    def mean(name: str) -> float | np.ndarray:
+        return sum(row[name] for row in rows) / len(rows)
+
+    if "BER" in rows[0]:
+        metrics = dict(BER=mean("BER"))
         if protocol.full_size:
-            metrics["BER_pooled"] = 100 * balanced_error(
-                *(total[n] for n in ("tp", "fp", "tn", "fn"))
-            )
+            counts = {name: sum(row[name] for row in rows) for name in ("tp", "fp", "tn", "fn")}
+            metrics["BER_pooled"] = 100 * balanced_error(**counts)
     else:
-        metrics = dict(S=mean["S"], E=mean["E"].mean(), wF=mean["wF"], MAE=mean["MAE"])
+        e = mean("E")
+        metrics = dict(S=mean("S"), E=e.mean(), wF=mean("wF"), MAE=mean("MAE"))
         if protocol.full_size:
-            metrics |= dict(maxF=mean["F"].max(), adpF=mean["adpF"], meanF=mean["F"].mean())
-            metrics["maxE"] = mean["E"].max()
+            f = mean("F")
+            metrics |= dict(maxF=f.max(), adpF=mean("adpF"), meanF=f.mean(), maxE=e.max())
     return {name: float(value) for name, value in metrics.items()}
 
 
