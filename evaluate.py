@@ -246,9 +246,10 @@ def score_images(
 
 
 def open_image(path: Path, mode: str | None = None) -> Image.Image:
-    """An image file converted to `mode`, or its header alone. Alpha is dropped (source: release)."""
+    """An image file, converted to `mode` if given. Alpha is dropped (source: release)."""
     try:
         image = Image.open(path)
+        image.load()
         return image.convert(mode) if mode else image
     except Exception as error:  # broken files raise anything
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
@@ -274,10 +275,7 @@ def read_grey(path: Path) -> tuple[Image.Image, bool]:
     lossy = image.format in LOSSY or image.info.get("compression") == "jpeg"  # the latter in TIFF
     if image.mode == "F" and image.getextrema()[1] <= 1:
         image = image.point(lambda v: v * 255 + 0.5)
-    try:
-        return image.convert("L"), lossy
-    except Exception as error:  # broken files raise anything
-        raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
+    return image.convert("L"), lossy
 
 
 def read_mask(path: Path) -> Image.Image:
@@ -573,14 +571,16 @@ def checkpoint_in(path: Path) -> Path:
 
 
 def prepare_save(save: Path, datasets: list["ImageSet"]) -> None:
-    """Make the folder of --save; refuse one with other files than these datasets' maps."""
+    """Make the folder of --save; refuse one with other files than these datasets' maps, or with these."""
     ours = {save / s.name / f"{pair.name}.png" for s in datasets for pair in s.pairs}
     ours |= {save / f"overview-{s.name}.png" for s in datasets}
-    others = [file for file in files_below(save) if file not in ours] if save.exists() else []
-    if others:
-        raise InputError(
-            f"--save: {others[0]} is none of these datasets' maps; pass a new or an empty folder"
-        )
+    read = {file.resolve() for s in datasets for pair in s.pairs for file in pair[1:] if file}
+    there = [file for file in files_below(save) if file.suffix != ".csv"] if save.exists() else []
+    for file in there:
+        if file not in ours or file.resolve() in read:
+            raise InputError(
+                f"--save: {file} is none of these datasets' maps; pass a new or an empty folder"
+            )
     save.mkdir(parents=True, exist_ok=True)
 
 
@@ -655,7 +655,7 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
     datasets = without_masks(files[0].parent, files) if files else []
     for root in roots:
         paths = named_folders(root)
-        if paths[0].is_file():
+        if len(paths) == 1 and paths[0].is_file():
             continue
         if len(paths) == 2:
             if paths[0] == paths[1]:
@@ -896,7 +896,7 @@ def advice(root: Path) -> str:
     photos = [folder for folder, images in below.items() if are_photographs(images) == {True}]
     masks = [folder for folder, images in below.items() if are_photographs(images) == {False}]
     pairs = []
-    for one, two in product(photos, masks):
+    for one, two in product(photos[:40], masks[:40]):
         with suppress(InputError):
             match(below[one], below[two], "", True)
             pairs.append((len(below[one]), len(os.path.commonpath((one, two))), f"{one},{two}"))
@@ -1069,7 +1069,8 @@ def draw_samples(rows: list[tuple[str, Sample, np.ndarray | None]], path: Path) 
         top = 20 + y * height
         title = title.encode("ascii", "replace").decode()
         draw.text((3, top + 3), title, fill="black", font_size=12)
-        fit = ImageOps.contain(Image.new("L", sample.size[::-1]), (width - 6, height - 26)).size
+        scale = min((height - 26) / sample.size[0], (width - 6) / sample.size[1])
+        fit = [max(1, round(side * scale)) for side in sample.size[::-1]]
         mask = Image.fromarray(sample.mask).resize(fit)
         image = Image.fromarray(sample.pixels).resize(fit)
         image.paste("red", mask=mask.convert("L").filter(ImageFilter.FIND_EDGES))
@@ -1223,7 +1224,7 @@ def on_stop(message: Callable[[], str]) -> None:
 
     def stop(*_) -> None:
         start = "\n" if sys.stderr.isatty() else ""  # below a progress bar
-        os.write(2, f"{start}{Path(sys.argv[0]).name}: {message()}\n".encode())
+        os.write(2, f"{start}{Path(sys.argv[0]).name}: {message()}\n".encode(errors="replace"))
         os._exit(130)
 
     if (

@@ -125,7 +125,7 @@ def train_epoch(
         dist.broadcast(buffer, 0)
     check_finite("statistics", network.buffers(), epoch)
     seconds = time.monotonic() - start
-    row = dict(epoch=epoch, loss=torch.stack(losses).double().mean().item())
+    row = dict(epoch=epoch, loss=torch.stack(losses).cpu().double().mean().item())
     row |= dict(lr=optimizer.param_groups[0]["lr"])
     row |= dict(images_per_s=steps * args.batch_size / seconds, seconds=seconds)
     if args.device.startswith("cuda"):
@@ -197,11 +197,11 @@ def main() -> None:
         start_processes(args.device)
     _lock = first_process(lambda: claim_out(args, bool(stored)))  # until the process ends
     evaluate.on_stop(partial(how_to_continue, args.out))
-    train_pairs, val_pairs, data, val = find_data(args)
+    train_pairs, val_pairs, val = find_data(args)
     model, encoder = build_model(args, stored)
     about = dict(task=args.task, encoder=encoder, val=val)
     pairs = dict(training_images=train_pairs, validation_images=val_pairs)
-    about["run"] = describe_run(args, encoder, **pairs) | dict(data=data, val=val or args.val)
+    about["run"] = describe_run(args, **pairs)
     check_resumed(about["run"], stored.get("run", about["run"]))
 
     # Averages gradients. Each process normalises with the statistics of its own micro-batch.
@@ -348,6 +348,8 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     if args.data is None:
         raise InputError("--data: pass the dataset to train on, or try --demo")
     args.epochs = args.epochs or (100 if args.task == "shadow" else 80)
+    if args.size % tssam.PATCH:
+        raise InputError(f"--size: {args.size} is not a multiple of {tssam.PATCH}")
     evaluate.check_device(args)
     on_cuda = args.device.startswith("cuda")
     has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -361,11 +363,14 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     return args, stored
 
 
-def describe_run(args: argparse.Namespace, encoder: dict, **pairs: list[Pair]) -> dict:
+def describe_run(args: argparse.Namespace, **pairs: list[Pair]) -> dict:
     """What last.pt remembers of a run: its options, its number of images, their first and last name."""
     run = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
-    if encoder["sam_checkpoint"] is not None:
-        run["sam_checkpoint"] = encoder["sam_checkpoint"]
+    run["data"] = [absolute(text) for text in args.data]
+    if args.val and not held_out_fraction(args.val):
+        run["val"] = [absolute(text) for text in args.val]
+    if args.sam_checkpoint != "random":
+        run["sam_checkpoint"] = None  # the encoder's description has it
     for name, files in pairs.items():
         names = [pair.image.name for pair in files]
         run[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
@@ -374,13 +379,13 @@ def describe_run(args: argparse.Namespace, encoder: dict, **pairs: list[Pair]) -
 
 def check_resumed(run: dict, before: dict) -> None:
     """Refuse to resume with other options or data."""
-    for name, value in run.items():
-        if name not in MAY_CHANGE and value != before.get(name):
+    for name, old in before.items():
+        if name not in MAY_CHANGE and run[name] != old:
             todo = "start a new run, from its weights with --init"
             if name == "micro_batch":
                 todo = "choose processes x --accumulate so that it is the same"
             raise InputError(
-                f"--resume: {name.replace('_', ' ')} {value}, but in this run {before.get(name)}; {todo}"
+                f"--resume: {name.replace('_', ' ')} {run[name]}, but in this run {old}; {todo}"
             )
 
 
@@ -388,8 +393,8 @@ def check_resumed(run: dict, before: dict) -> None:
 # Data and model
 
 
-def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[str], list[str]]:
-    """The pairs to train and to validate on, and where they are: what --data and --val take."""
+def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[str]]:
+    """The pairs to train and to validate on, and where the latter are: what --data takes."""
     train_sets = evaluate.find_sets(args.data, evaluate.TRAIN)
     val_sets: list[ImageSet] = []
     fraction = held_out_fraction(args.val)
@@ -428,19 +433,15 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[st
             f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; pass a lower"
             " --batch-size"
         )
-    return (
-        train_pairs,
-        val_pairs,
-        list(map(absolute, args.data)),
-        [absolute(s.folder) for s in val_sets],
-    )
+    return train_pairs, val_pairs, [absolute(s.folder) for s in val_sets]
 
 
 def held_out_fraction(val: list[str] | None) -> float:
     """What --val 0.1 says; 0 where it names datasets."""
     with suppress(TypeError, ValueError):
-        if not os.path.exists(val[0]) and 0 < float(val[0]) < 1:
-            return float(val[0])
+        (text,) = val
+        if not os.path.exists(text) and 0 < float(text) < 1:
+            return float(text)
     return 0
 
 
@@ -455,7 +456,7 @@ def build_model(args: argparse.Namespace, stored: dict) -> tuple[TSSAM, dict]:
     weights = None if is_random else args.sam_checkpoint
     if stored:
         model = tssam.build_from(stored, args.out / "last.pt", weights)
-        encoder = stored["encoder"]
+        encoder = dict(stored["encoder"])
     else:
         if args.init is not None:  # checked before anything is downloaded
             sam = tssam.read_checkpoint(args.init)["config"]["sam"]
@@ -556,14 +557,14 @@ def write_reports(
 
     def save(path: Path) -> None:
         with path.open("w", newline="") as file:
-            table = csv.DictWriter(file, rows[-1])
+            table = csv.DictWriter(file, max(rows, key=len))
             table.writeheader()
             table.writerows(rows)
 
     try:
         tssam.write_atomically(args.out / "log.csv", save)
         draw_curves(rows, ["loss", metric] if metric in rows[-1] else ["loss"], args.out)
-        draw_samples(model, pairs[:6], args)
+        draw_predictions(model, pairs[:6], args)
     except InputError as error:
         evaluate.warn(str(error))
 
@@ -577,7 +578,7 @@ def draw_data(pairs: list[Pair], args: argparse.Namespace) -> None:
         say(f"look:  {args.out / 'data.png'} shows training pairs as the network gets them")
 
 
-def draw_samples(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> None:
+def draw_predictions(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> None:
     """Draw what the network predicts of a few images."""
     samples = [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs]
     predictions = evaluate.predict(

@@ -678,8 +678,8 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
             f" alone with --sam-checkpoint); it contains {', '.join(list(content)[:3])}, ..."
         )
     high_freq = "image_encoder.fft_embedding.proj.weight" in content
-    image_size = content["image_encoder.pos_embed"].shape[1] * PATCH
-    config = dict(sam=encoder_name(content, path), image_size=image_size, high_freq=high_freq)
+    config = dict(sam=encoder_name(content, path), high_freq=high_freq)
+    config["image_size"] = content["image_encoder.pos_embed"].shape[1] * PATCH
     with torch.device("meta"):  # for its names alone
         our_names = {released_name(name): name for name in TSSAM(**config).state_dict()}
     state = {our_names.get(name, name): tensor for name, tensor in content.items()}
