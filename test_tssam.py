@@ -723,7 +723,7 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path, monke
     assert torch.equal(rebuilt.eval()(images()), model(images()))
     del stored["trained"]["ffd.head.bias"]
     torch.save(stored, path)
-    with refused("best.pt: ffd.head.bias is missing"):
+    with refused("best.pt: ffd.head.bias is missing$"):
         load_checkpoint(path)
 
 
@@ -2419,6 +2419,8 @@ def test_what_each_part_costs(capsys):
         assert (parameters, billions, unit) == (trained, f"{multiply_adds / 1e9:.1f}", "G")
     total = lines["total"]
     assert total[-3] == "11,892,865"
+    mrm = lines[next(key for key in lines if key.startswith("13 MRM"))]
+    assert " ".join(mrm[3:-3]) == "128 x 32 x 32, 128 x 64 x 64"
     billions = [float(line[-2]) for line in lines.values() if line[-1] == "G"]
     assert sum(billions[:-1]) == pytest.approx(billions[-1], abs=0.3)
 
@@ -2563,10 +2565,15 @@ def test_processes_join(monkeypatch, nccl):
     monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
     join = lambda backend, **how: joined.append((backend, how))  # noqa: E731
     monkeypatch.setattr(torch.distributed, "init_process_group", join)
+    monkeypatch.setattr(torch.distributed, "rendezvous", lambda method: iter([("store", 1, 4)]))
+    prefixed = lambda prefix, store: f"{store} of restart {prefix}"  # noqa: E731
+    monkeypatch.setattr(torch.distributed, "PrefixStore", prefixed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
     train.start_processes("cuda:1")
     train.start_processes("cpu")
     gpu = ("nccl", torch.device("cuda:1")) if nccl else ("gloo", None)
-    assert joined == [(b, {"device_id": d}) for b, d in (gpu, ("gloo", None))]  # default timeouts
+    how = dict(store="store of restart 2", rank=1, world_size=4)  # and default timeouts
+    assert joined == [(b, {**how, "device_id": d}) for b, d in (gpu, ("gloo", None))]
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2635,18 +2642,15 @@ def test_two_folders_in_both_scripts(here, run):
 
 
 def test_save_never_overwrites_what_is_read(score):
-    """The folder above the photographs, or the maps of another run of the same names."""
-    Path("photos").mkdir()
-    Image.new("RGB", (64, 64)).save("photos/a.png")
-    content = Path("photos/a.png").read_bytes()
-    for data in ("photos", "photos/a.png"):
-        ended = score(f"{CKPT} --data {data} --save .")
-        assert ended.code == 2 and "is none of these datasets' maps" in ended.err
-        os.chdir("photos")
-        ended = score(f"{CKPT.replace('model', '../model')} --data ../{data} --save ..")
-        assert ended.code == 2 and "is none of these datasets' maps" in ended.err
-        os.chdir("..")
-    assert Path("photos/a.png").read_bytes() == content
+    """The folder above the photographs, or above the maps of another method."""
+    Path("clean/photos").mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save("clean/photos/a.png")
+    content = Path("clean/photos/a.png").read_bytes()
+    for data in ("clean/photos", "clean/photos/a.png", "clean/photos/../photos"):
+        ended = score(f"{CKPT} --data {data} --save clean")
+        assert ended.code == 2, ended.out
+        assert "clean/photos/a.png is none of these datasets' maps" in ended.err
+    assert Path("clean/photos/a.png").read_bytes() == content
     Path("new").mkdir()
     for _ in range(2):  # beside a table, and once more
         assert score(f"{CKPT} --data ECSSD --save new --csv new/table.csv").code == 0

@@ -520,7 +520,11 @@ def start_processes(device: str) -> None:
     """Join torchrun's processes, or another launcher's."""
     nccl = device.startswith("cuda") and dist.is_nccl_available()
     own = torch.device(device) if nccl else None
-    dist.init_process_group("nccl" if nccl else "gloo", device_id=own)
+    # Of its own for each of torchrun's restarts, which would find the addresses of dead processes.
+    store, rank, world = next(dist.rendezvous("env://"))
+    store = dist.PrefixStore(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"), store)
+    backend = "nccl" if nccl else "gloo"
+    dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=own)
 
 
 def first_process(work: Callable[[], object]) -> object:
