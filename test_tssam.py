@@ -1713,6 +1713,7 @@ def test_words_of_failure(monkeypatch, capsys):
     """Errors that the user can mend are one line and exit code 2; others keep their traceback."""
     monkeypatch.setattr(sys, "argv", ["folder/train.py"])
     monkeypatch.setattr(evaluate, "on_stop", lambda message: None)
+    monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a process alone waits"))
     memory = "too little memory ({}); try --grad-checkpoint, --accumulate or --precision bf16"
     full = "CUDA out of memory. Tried to allocate 2 GiB"
     for error, said in (
@@ -2404,7 +2405,9 @@ def test_the_first_process_works_while_the_others_wait(monkeypatch):
 def test_what_each_part_costs(capsys):
     """One multiply-add of a 1x1 convolution for each weight and pixel, one of a deconvolution too."""
     tssam.summarize("vit_b", 256)
-    lines = {line[:24].strip(): line.split() for line in capsys.readouterr().out.splitlines()}
+    title, *table = capsys.readouterr().out.splitlines()
+    assert title == "TS-SAM_B, one image of 256 x 256"
+    lines = {line[:24].strip(): line.split() for line in table}
     pixels = 16 * 16
     csa = 2 * (13 * 768 * 256 + 256 * 256) * pixels
     f, c = 128, 256
