@@ -19,7 +19,7 @@ import threading
 import time
 import weakref
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import ModuleType
@@ -2337,6 +2337,32 @@ def test_pictures_show_image_mask_and_prediction(tmp_path):
     assert 200 < red.sum() < 1500 and (np.asarray(around)[red] > 0).all()
     upright = np.asarray(Image.open(pair.image).resize((192, 160)))
     assert np.abs(image - upright)[~red].mean() < 12
+
+
+def test_workers_and_batches_reach_their_loops(score, monkeypatch):
+    """Of evaluation, of saved maps, of training and its validation."""
+    threads, batches = set(), set()
+    in_threads, forward = evaluate.in_threads, TSSAM.forward
+
+    def watch_threads(work: Callable, jobs: Iterable, count: int) -> Iterator:
+        threads.add(count)
+        return in_threads(work, jobs, count)
+
+    def watch_batches(model: TSSAM, x: torch.Tensor) -> torch.Tensor:
+        batches.add(len(x))
+        return forward(model, x)
+
+    monkeypatch.setattr(evaluate, "in_threads", watch_threads)
+    monkeypatch.setattr(TSSAM, "forward", watch_batches)
+    for module, flags, expected in (
+        (evaluate, "--ckpt model.pt --data ECSSD --device cpu --save maps --batch-size 3", {3}),
+        (evaluate, "--maps maps --data ECSSD", set()),
+        (train, SMALL.replace("--workers 0", "") + " --epochs 1 --out run", {2, 1}),
+    ):
+        threads.clear()
+        batches.clear()
+        assert score.func(module, f"{flags} --workers 3").code == 0
+        assert threads == {3} and batches == expected
 
 
 def test_pictures_of_the_first_six(here, run, monkeypatch):
