@@ -3,14 +3,14 @@
     python evaluate.py --ckpt runs/sod-vit_h                      on the data it was validated on
     python evaluate.py --ckpt runs/sod-vit_h --data DUTS ECSSD --save maps --csv table.csv
     python evaluate.py --ckpt theirs.pth --data COD/TestDataset --protocol full-size
-    python evaluate.py --ckpt runs/mine --data photos --save predictions    no ground truth: predict only
+    python evaluate.py --ckpt runs/mine --data photos --save predictions     predict only
     python evaluate.py --maps maps --data DUTS ECSSD              saved maps, no checkpoint
 
 Metrics follow one of two protocols; `py_sod_metrics` computes both:
 
-    paper      what the paper's released code computes: prediction and mask are compared at the model's S x S,
-               the mask resized (nearest) and cut at > 0, the prediction in floating point.
-               Weighted F-measure with beta^2 = 0.3. BER: mean over images.
+    paper      what the paper's released code computes: prediction and mask are compared at the
+               model's S x S, the mask resized (nearest) and cut at > 0, the prediction in floating
+               point. Weighted F-measure with beta^2 = 0.3. BER: mean over images.
     full-size  the usual protocol: logits upsampled to the mask's own size, sigmoid, rounded to 8
                bits; mask > 128. Weighted F-measure with beta^2 = 1; also the maximal, mean and
                adaptive F-measure with beta^2 = 0.3, and the maximal E-measure. Shadows: also BER
@@ -104,8 +104,8 @@ def score_objects(
 
     E and F are curves over 256 thresholds. The prediction is stretched to [0, 1] first, as in the
     field's toolboxes: a map's offset and contrast do not count, and MAE is no plain mean of
-    |prediction - mask|. A metric that is nan, as S is where all foreground lies in the last row,
-    or column, counts 0 (source: release).
+    |prediction - mask|. A metric that is nan, as S is where all foreground lies in the last row or
+    column, counts 0 (source: release).
 
     Args:
         prediction: (H, W), floats in [0, 1] (paper) or uint8 (full-size).
@@ -640,7 +640,7 @@ def named_folders(text: str | Path) -> list[Path]:
     text = str(text)
     commas = [i for i, character in enumerate(text) if character == ","]
     for paths in ([text], *([text[:i], text[i + 1 :]] for i in commas)):
-        if all(map(glob, paths)) or os.path.exists(text):
+        if all(os.path.exists(path) or glob(path) for path in paths):
             return [Path(path) for path in paths]
     raise InputError(f"{text}: no such file or folder; pass the dataset with --data (or --val)")
 

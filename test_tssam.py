@@ -2654,11 +2654,13 @@ def test_two_folders_said_outright(tmp_path, image_names, mask_names, told):
 
 
 def test_two_folders_in_both_scripts(here, run):
-    make_pairs(here / "a,b", "photos + masques", "pqrstuvwxyz")
+    make_pairs(here / "a,b[1]", "photos + masques", "pqrstuvwxyz")
     make_pairs(here / "c", "x + y")
-    flags = "--data a,b/photos,a,b/masques c/x,c/y --val c/x,c/y --epochs 1 --out run"
+    flags = "--data a,b[1]/photos,a,b[1]/masques c/x,c/y --val c/x,c/y --epochs 1 --out run"
     ended = run(train, f"{TINY} {flags}")
-    assert "train: a,b: 11 images in a,b/photos, masks in a,b/masques, no splits" in ended.out
+    assert (
+        "train: a,b[1]: 11 images in a,b[1]/photos, masks in a,b[1]/masques, no splits" in ended.out
+    )
     assert "val:   c: 2 images in c/x, masks in c/y, no splits" in ended.out
     assert load("run/last.pt")["val"] == [f"{here}/c/x,{here}/c/y"]
     assert run(train, "--resume run --workers 0 --device cpu").code == 0
