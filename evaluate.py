@@ -32,13 +32,14 @@ import threading
 import time
 import unicodedata
 import warnings
+from argparse import Namespace
 from collections import defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cache, partial
 from glob import glob
-from itertools import islice, product
+from itertools import islice, permutations
 from pathlib import Path
 from typing import NamedTuple, TextIO
 
@@ -70,6 +71,7 @@ PAPER = Protocol("paper", full_size=False, threshold=0, beta_squared=0.3)
 FULL_SIZE = Protocol("full-size", full_size=True, threshold=128, beta_squared=1)
 PROTOCOLS = {protocol.name: protocol for protocol in (PAPER, FULL_SIZE)}
 
+TASKS = ("sod", "cod", "shadow")
 PRECISIONS = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 torch.backends.cudnn.allow_tf32 = False  # float32 is float32, also in convolutions
 # One kernel on every card: cuDNN's attention refuses a mask that needs a gradient, so a Hopper card
@@ -97,9 +99,7 @@ def to_grey(prediction: np.ndarray) -> np.ndarray:
     return prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255
 
 
-def score_objects(
-    prediction: np.ndarray, mask: np.ndarray, protocol: Protocol
-) -> dict[str, float | np.ndarray]:
+def score_objects(prediction: np.ndarray, mask: np.ndarray, protocol: Protocol) -> dict:
     """An image's metrics for salient or camouflaged objects.
 
     E and F are curves over 256 thresholds. The prediction is stretched to [0, 1] first, as in the
@@ -122,7 +122,7 @@ def score_objects(
         e_measure = result_of(py_sod_metrics.Emeasure())["em"]["curve"]
         row = dict(
             S=result_of(py_sod_metrics.Smeasure())["sm"],
-            E=e_measure * (mask.size > 1),  # it divides by the number of pixels less one
+            E=e_measure,
             # What py_sod_metrics calls beta is beta^2.
             wF=result_of(py_sod_metrics.WeightedFmeasure(beta=protocol.beta_squared))["wfm"],
             MAE=result_of(py_sod_metrics.MAE())["mae"],
@@ -156,24 +156,21 @@ def average(rows: list[dict], protocol: Protocol) -> dict[str, float]:
     thresholds. BER is in percent: the mean over images; BER_pooled is over all pixels.
     """
 
-    def mean(name: str) -> float | np.ndarray:
-        return sum(row[name] for row in rows) / len(rows)
-
-    if "BER" in rows[0]:
-        metrics = dict(BER=mean("BER"))
+    totals = {name: sum(row[name] for row in rows) for name in rows[0]}
+    mean = {name: total / len(rows) for name, total in totals.items()}
+    if "BER" in mean:
+        metrics = dict(BER=mean["BER"])
         if protocol.full_size:
-            counts = {name: sum(row[name] for row in rows) for name in ("tp", "fp", "tn", "fn")}
-            metrics["BER_pooled"] = 100 * balanced_error(**counts)
+            del totals["BER"]
+            metrics["BER_pooled"] = 100 * balanced_error(**totals)
     else:
-        e = mean("E")
-        metrics = dict(S=mean("S"), E=e.mean(), wF=mean("wF"), MAE=mean("MAE"))
+        e = mean["E"]
+        metrics = mean | dict(E=e.mean())
         if protocol.full_size:
-            f = mean("F")
-            metrics |= dict(maxF=f.max(), adpF=mean("adpF"), meanF=f.mean(), maxE=e.max())
+            f = metrics.pop("F")
+            metrics |= dict(maxF=f.max(), meanF=f.mean(), maxE=e.max())
     return {name: float(value) for name, value in metrics.items()}
 
-
-METRICS = ("S", "E", "wF", "MAE", "maxF", "adpF", "meanF", "maxE", "BER", "BER_pooled")
 
 # Tables I and II of the paper; Table III's numbers are not at hand. The integer is the number of
 # images; rows are printed only when all are there.
@@ -313,15 +310,15 @@ def read_sample(pair: Pair, size: int, protocol: Protocol) -> Sample | None:
     return Sample(pair, (image.height, image.width), resize_image(image, size), mask)
 
 
-def to_device(array: np.ndarray, device: torch.device | str) -> Tensor:
+def to_device(array: np.ndarray, device: str) -> Tensor:
     """An array as a tensor on the device; the program does not wait for the copy to a GPU."""
     tensor = torch.from_numpy(array)
-    if torch.device(device).type == "cuda":
+    if device.startswith("cuda"):
         tensor = tensor.pin_memory()
     return tensor.to(device, non_blocking=True)
 
 
-def to_input(pixels: list[np.ndarray], device: torch.device | str = "cpu") -> Tensor:
+def to_input(pixels: list[np.ndarray], device: str = "cpu") -> Tensor:
     """Images as the network takes them: B of (S, S, 3) uint8 -> (B, 3, S, S), /255, normalised."""
     images = to_device(np.stack(pixels), device).movedim(-1, 1)
     return normalize(images.float() / 255, IMAGENET_MEAN, IMAGENET_STD)
@@ -338,7 +335,7 @@ def predict(
 ) -> Iterator[Prediction]:
     """Run the network over samples, in their order."""
     model.eval()
-    device = next(model.parameters()).device
+    device = str(next(model.parameters()).device)
     samples = filter(None, samples)
     while batch := list(islice(samples, batch_size)):
         images = to_input([sample.pixels for sample in batch], device)
@@ -364,17 +361,19 @@ def to_map(logit: Tensor, size: tuple[int, int]) -> np.ndarray:
 def save_and_score(
     prediction: Prediction, task: str, protocol: Protocol, save: Path | None
 ) -> dict:
-    """Write an image's map to `save`, and score it; {} for an image without a mask."""
+    """Write an image's map to `save`, and score it."""
     sample, to_score, to_save = prediction
     if save is not None:
         path = save / f"{sample.pair.name}.png"
         path.parent.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, lambda file: Image.fromarray(to_save).save(file, "PNG"))
-    return {} if sample.mask is None else score(to_score, sample.mask, task, protocol)
+        save_image(Image.fromarray(to_save), path)
+    return score(to_score, sample.mask, task, protocol)
 
 
-def score(prediction: np.ndarray, mask: np.ndarray, task: str, protocol: Protocol) -> dict:
-    """An image's metrics."""
+def score(prediction: np.ndarray, mask: np.ndarray | None, task: str, protocol: Protocol) -> dict:
+    """An image's metrics; {} without a mask."""
+    if mask is None:
+        return {}
     if task == "shadow":
         return score_shadow(prediction, mask)
     return score_objects(prediction, mask, protocol)
@@ -385,10 +384,9 @@ def score_map(pair: Pair, task: str, scale: int) -> dict:
 
     Pixels count `scale` times: 255 for maps of 0 and 1.
     """
-    grey = read_grey(pair.image)[0].point(lambda v: v * scale)
     mask = read_mask(pair.mask)
-    if grey.size != mask.size:
-        grey = grey.resize(mask.size, Image.Resampling.BILINEAR)
+    grey = read_grey(pair.image)[0].point(lambda v: v * scale)
+    grey = grey.resize(mask.size, Image.Resampling.BILINEAR)  # a copy where sizes agree
     return score(np.asarray(grey), foreground(mask, FULL_SIZE, 0), task, FULL_SIZE)
 
 
@@ -396,104 +394,99 @@ def score_map(pair: Pair, task: str, scale: int) -> dict:
 # The script
 
 
-def parse_arguments() -> argparse.Namespace:
+def parse_arguments() -> Namespace:
     parser = Parser(__doc__)
-    what = parser.add_argument_group("what to score")
-    source = what.add_mutually_exclusive_group(required=True)
-    how = parser.add_argument_group("how to score it")
-    output = parser.add_argument_group("what to write")
+    group = parser.add_argument_group("what to score")
+    source = group.add_mutually_exclusive_group(required=True).add_argument
+    what = group.add_argument
+    how = parser.add_argument_group("how to score it").add_argument
+    output = parser.add_argument_group("what to write").add_argument
     machine = add_machine_options(parser)
     # fmt: off
-    source.add_argument("--ckpt", type=existing, nargs="+", help="runs or checkpoints of train.py, or of the authors' code")
-    source.add_argument("--maps", type=existing, help="saved maps to score, MAPS/<dataset>/<image's name>.png")
-    what.add_argument("--sam-checkpoint", type=existing, help="SAM's weights (default: the file used in training)")
-    what.add_argument("--data", nargs="+", help=f"{DATA_HELP}, folders above several, or photographs (default: what it was validated on)")
-    how.add_argument("--protocol", choices=tuple(PROTOCOLS), help="see above (default: paper; with --maps full-size)")
-    how.add_argument("--precision", choices=tuple(PRECISIONS), help="of the network (default: fp32, so that a table does not depend on the card)")
-    how.add_argument("--task", choices=("sod", "cod", "shadow"), help="what --maps show: objects, or shadows, scored by BER (default: sod)")
-    output.add_argument("--csv", type=Path, help="table to append the rows to, in full precision")
-    output.add_argument("--save", type=Path, help="folder for 8-bit maps at each image's own size, <dataset>/<image's name>.png, and overview pictures")
-    machine.add_argument("--batch-size", type=number(1), default=2, help="images at a time")
+    source("--ckpt", nargs="+", help="runs or checkpoints of train.py, or of the authors' code")
+    source("--maps", type=Path, help="saved maps to score, MAPS/<dataset>/<image's name>.png")
+    what("--sam-checkpoint", help="SAM's weights (default: the file used in training)")
+    what("--data", nargs="+", help=f"{DATA_HELP}, folders above several, or photographs (default: what it was validated on)")
+    how("--protocol", choices=PROTOCOLS, help="see above (default: paper; with --maps full-size)")
+    how("--precision", choices=PRECISIONS, help="of the network (default: fp32, so that a table does not depend on the card)")
+    how("--task", choices=TASKS, help="what --maps show: objects, or shadows, scored by BER (default: sod)")
+    output("--csv", type=Path, help="table to append the rows to, in full precision")
+    output("--save", type=Path, help="folder for 8-bit maps at each image's own size, <dataset>/<image's name>.png, and overview pictures")
+    machine("--batch-size", type=number(1), default=2, help="images at a time (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
     if WORLD > 1:
         raise InputError("evaluate.py runs in one process; start it with python, not torchrun")
-    if args.maps is not None:
-        if args.data is None:
-            raise InputError("--data: pass the datasets that the maps belong to")
+    if args.maps:
         if args.save or args.sam_checkpoint or args.precision or args.protocol == "paper":
             raise InputError(
                 "--maps: goes without --save, --sam-checkpoint, --precision and --protocol paper; nothing"
                 " is predicted"
             )
-        args.protocol = "full-size"
-        args.task = args.task or "sod"
+        if not args.data:
+            raise InputError("--data: pass the datasets that the maps belong to")
     else:
-        if args.task is not None:
+        if args.task:
             raise InputError("--task: goes with --maps; a checkpoint knows its own")
-        if args.save is not None and len(args.ckpt) > 1:
+        if args.save and len(args.ckpt) > 1:
             raise InputError("--save: takes the maps of one --ckpt; run the others one by one")
-        args.protocol = args.protocol or "paper"
         args.precision = args.precision or "fp32"
         check_device(args)
-    if args.csv is not None:
-        check_csv(args.csv)
+    args.task = args.task or "sod"
+    args.protocol = PROTOCOLS[args.protocol or ("full-size" if args.maps else "paper")]
+    if args.csv:
+        append_csv(args.csv)  # refuses another program's table before anything is computed
     return args
 
 
 def main() -> None:
     args = parse_arguments()
-    protocol = PROTOCOLS[args.protocol]
+    protocol = args.protocol
     say(f"protocol: {protocol.name}")
     say(f"task: {args.task}" if args.maps else f"precision: {args.precision}")
-    header = None
     unread = 0
     for source, dataset, rows in score_saved_maps(args) if args.maps else score_checkpoints(args):
-        if rows and rows[0]:
+        if any(rows):
             metrics = average(rows, protocol)
-            if header != metrics.keys():
-                header = metrics.keys()
-                print_row("dataset", "images", dict(zip(header, header, strict=True)))
             print_metrics(dataset.name, len(rows), metrics, protocol)
-            if args.csv is not None:
-                row = dict(model=source, dataset=dataset.name, images=len(rows))
-                row |= dict(protocol=protocol.name, precision=args.precision)
-                append_csv(args.csv, row | metrics)
-            if args.save is not None:
+            if args.csv:
+                row = dict(model=source, dataset=dataset.name, images=len(rows), **metrics)
+                append_csv(args.csv, row | dict(protocol=protocol.name, precision=args.precision))
+            if args.save:
                 save_overview(dataset, rows, args.save)
-        unread += len(dataset.pairs) - len(rows)
-        if args.save is not None:
+        if args.save:
             say(f"{dataset.name}: {len(rows)} maps in {args.save / dataset.name}")
-    if args.ckpt and args.device.startswith("cuda"):
-        say(f"peak memory: {peak_memory(args.device):.0f} MB")
+        unread += len(dataset.pairs) - len(rows)
     if unread:
         raise InputError(
             f"{unread} photographs could not be read, see above; the others are predicted"
         )
 
 
-def score_checkpoints(args: argparse.Namespace) -> Iterator[tuple[Path, "ImageSet", list[dict]]]:
+def score_checkpoints(args: Namespace) -> Iterator[tuple]:
     """Predict and score each dataset with each checkpoint: (checkpoint, dataset, rows)."""
     datasets = find_test_sets(args.data, TEST, args) if args.data else []
-    for file in map(checkpoint_in, args.ckpt):
+    for path in map(Path, args.ckpt):
+        files = (path / "best.pt", path / "last.pt", path)  # of a run's folder, or a file
+        file = next((file for file in files if file.exists()), path)
         model, info = load_checkpoint(file, args.sam_checkpoint)
         model.store_encoder(PRECISIONS[args.precision])
         model.to(args.device)
         say(f"{file}: {info['task']}, {model.config['sam']}, epoch {info.get('epoch', 'unknown')}")
-        if args.data is None:
+        if not args.data:
             if not info.get("val"):
                 raise InputError(
                     f"--ckpt: {file}: trained without a validation set, or with a fraction held out; pass datasets with --data"
                 )
             datasets = find_test_sets(info["val"], VALIDATION, args)
-        if args.save is not None:
+        if args.save:
             prepare_save(args.save, datasets)
         for dataset in datasets:
             rows = score_images(
                 model,
                 dataset.pairs,
                 info["task"],
-                PROTOCOLS[args.protocol],
+                args.protocol,
                 batch_size=args.batch_size,
                 workers=args.workers,
                 precision=args.precision,
@@ -502,72 +495,47 @@ def score_checkpoints(args: argparse.Namespace) -> Iterator[tuple[Path, "ImageSe
             yield file, dataset, list(rows)
 
 
-def score_saved_maps(args: argparse.Namespace) -> Iterator[tuple[Path, "ImageSet", list[dict]]]:
+def score_saved_maps(args: Namespace) -> Iterator[tuple]:
     """Score each dataset's maps, those of 0 and 1 as 0 and 255: (folder of maps, dataset, rows)."""
     for dataset in find_test_sets(args.data, TEST, args):
-        levels = in_threads(
-            lambda pair: read_grey(pair.image)[0].getextrema()[1], dataset.pairs, args.workers
-        )
-        tops = list(levels)
-        if 1 in tops and max(tops) > 1:
-            file = dataset.pairs[tops.index(1)].image
-            warn(
-                f"{dataset.name}: {tops.count(1)} maps are of 0 and 1 among others, such as {file}"
-            )
-        if args.task == "shadow" and 1 != max(tops) <= 125:
-            warn(
-                f"{dataset.name}: no map is brighter than {max(tops)} of 255; BER cuts them at 125, so"
-                " all are black to it"
-            )
-        work = partial(score_map, task=args.task, scale=255 if max(tops) == 1 else 1)
-        rows = in_threads(work, dataset.pairs, args.workers)
-        yield args.maps, dataset, list(progress(rows, "evaluate", len(tops)))
+        name, _, _, pairs = dataset
+        look = lambda pair: read_grey(pair.image)[0].getextrema()[1]  # noqa: E731
+        tops = list(in_threads(look, pairs, args.workers))
+        are_binary = max(tops) == 1
+        if 1 in tops and not are_binary:
+            file = pairs[tops.index(1)].image
+            warn(f"{name}: {tops.count(1)} maps are of 0 and 1 among others, such as {file}")
+        work = partial(score_map, task=args.task, scale=255 if are_binary else 1)
+        rows = in_threads(work, pairs, args.workers)
+        yield args.maps, dataset, list(progress(rows, "evaluate", len(pairs)))
 
 
-def find_test_sets(
-    roots: list[str], splits: tuple[str, ...], args: argparse.Namespace
-) -> list["ImageSet"]:
+def find_test_sets(roots: list[str], splits: tuple[str, ...], args: Namespace) -> list["ImageSet"]:
     """The datasets to score; with --maps, the maps are their images."""
-    datasets = find_sets(roots, splits, need_masks=args.save is None)
-    names = [s.name for s in datasets]
-    for i, s in enumerate(datasets):
-        if names.count(s.name) > 1:
-            raise InputError(
-                f"--data: {s.folder}: another dataset is called {s.name} too; score them one at a time"
-            )
-        if args.maps is not None:
-            s = s._replace(pairs=find_maps(args.maps, s, alone=len(datasets) == 1))
-            datasets[i] = s
+    datasets = find_sets(roots, splits, need_masks=not args.save)
+    if len({s.name for s in datasets}) < len(datasets):
+        names = ", ".join(sorted(s.name for s in datasets))
+        raise InputError(f"--data: two datasets have one name ({names}); score them one at a time")
+    if args.maps:
+        datasets = [find_maps(args.maps, s, len(datasets) == 1) for s in datasets]
+    for s in datasets:
         say(s)
-        check_files(s, args.workers, are_maps=args.maps is not None)
+        check_files(s, args.workers, are_maps=bool(args.maps))
     return datasets
 
 
-def find_maps(maps: Path, dataset: "ImageSet", alone: bool) -> list[Pair]:
-    """A dataset's maps in place of its images.
+def find_maps(maps: Path, dataset: "ImageSet", is_alone: bool) -> "ImageSet":
+    """A dataset with its maps in place of its images.
 
-    Maps lie in its folder under `maps` (DUTS-TE, or DUTS, in any case), or in `maps` itself if that
-    has no folders and the dataset is alone.
+    They lie in the folder of its name below `maps`; those of a dataset alone may lie in `maps` itself.
     """
-    folders = [f for f in entries(maps) if f.is_dir()]
-    fitting = [f for f in folders if plain_name(f.name) == plain_name(dataset.name)]
-    if alone and not folders:
-        fitting = [maps]
-    if len(fitting) != 1:
-        found = f"{len(fitting)} folders that fit" if fitting else "no folder for"
-        there = ", ".join(f.name for f in fitting or folders)
-        raise InputError(f"--maps: {maps} has {found} {dataset.name}: {there}")
+    folder = maps / dataset.name
+    if is_alone and not folder.exists():
+        folder = maps
     images = {pair.name: pair.image for pair in dataset.pairs}
-    map_of = match(
-        images, image_files(fitting[0]), f"{dataset.folder} and --maps {fitting[0]}", True
-    )
-    return [pair._replace(image=map_of[pair.name]) for pair in dataset.pairs]
-
-
-def checkpoint_in(path: Path) -> Path:
-    """A checkpoint, or the best one in a run's folder, else the last."""
-    found = [path / name for name in ("best.pt", "last.pt") if (path / name).exists()]
-    return found[0] if found else path
+    files = match(images, image_files(folder), more=True)
+    pairs = [pair._replace(image=file) for pair, file in zip(dataset.pairs, files, strict=True)]
+    return dataset._replace(pairs=pairs)
 
 
 def prepare_save(save: Path, datasets: list["ImageSet"]) -> None:
@@ -575,13 +543,12 @@ def prepare_save(save: Path, datasets: list["ImageSet"]) -> None:
     ours = {save / s.name / f"{pair.name}.png" for s in datasets for pair in s.pairs}
     ours |= {save / f"overview-{s.name}.png" for s in datasets}
     read = {file.resolve() for s in datasets for pair in s.pairs for file in pair[1:] if file}
-    there = [file for file in files_below(save) if file.suffix != ".csv"] if save.exists() else []
-    for file in there:
-        if file not in ours or file.resolve() in read:
+    save.mkdir(parents=True, exist_ok=True)
+    for file in files_below(save):
+        if file.suffix != ".csv" and (file not in ours or file.resolve() in read):
             raise InputError(
                 f"--save: {file} is none of these datasets' maps; pass a new or an empty folder"
             )
-    save.mkdir(parents=True, exist_ok=True)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -628,21 +595,15 @@ class ImageSet(NamedTuple):
         return f"{self.name}: {len(self.pairs)} images in {image.parent}, {masks}, {split}"
 
 
-def existing(text: str) -> Path:
-    """The type of an option that is a file or a folder."""
-    if not os.path.exists(text):
-        raise argparse.ArgumentTypeError(f"{text}: no such file or folder")
-    return Path(text)
-
-
-def named_folders(text: str | Path) -> list[Path]:
+def named_folders(text: str) -> list[Path]:
     """What --data takes: a path, or the two of IMAGES,MASKS, folders or patterns such as x/*_mask.png."""
-    text = str(text)
-    commas = [i for i, character in enumerate(text) if character == ","]
-    for paths in ([text], *([text[:i], text[i + 1 :]] for i in commas)):
-        if all(os.path.exists(path) or glob(path) for path in paths):
-            return [Path(path) for path in paths]
-    raise InputError(f"{text}: no such file or folder; pass the dataset with --data (or --val)")
+    paths = [text] if os.path.exists(text) else text.split(",", 1)
+    for path in paths:
+        if not (os.path.exists(path) or glob(path)):
+            raise InputError(
+                f"{path}: no such file or folder; pass the dataset with --data (or --val)"
+            )
+    return [Path(path) for path in paths]
 
 
 def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True) -> list[ImageSet]:
@@ -651,47 +612,34 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
     Each root is IMAGES,MASKS or the folder of a dataset, with images beside masks or with splits.
     To validate or test on, also a folder above several, a folder of images alone, or image files.
     """
-    files = [Path(root) for root in roots if os.path.isfile(root)]
-    datasets = without_masks(files[0].parent, files) if files else []
+    files = [root for root in roots if os.path.isfile(root)]
+    datasets = [without_masks(Path(files[0]).parent, map(Path, files))] if files else []
     for root in roots:
         paths = named_folders(root)
-        if len(paths) == 1 and paths[0].is_file():
-            continue
         if len(paths) == 2:
-            if paths[0] == paths[1]:
-                raise InputError(
-                    f"--data: {root}: images and masks are the same; name patterns of each"
-                )
-            holder = Path(os.path.commonpath([os.path.abspath(path) for path in paths]))
-            datasets.append(ImageSet(name_of(holder), root, None, pair_files(*paths)))
-            continue
-        found = find_split(paths[0], splits)
-        if splits == TRAIN:
-            found = [s for s in found if s.split] or found
-            if len(found) > 1 and found[0].split is None:
-                names = " ".join(s.folder for s in found[:3])
-                raise InputError(
-                    f"--data: {root} contains {len(found)} datasets; pass one or more, as in --data {names}"
-                )
-        elif not found and not need_masks:
-            found = without_masks(paths[0], files_below(paths[0]))
-        if not found or (need_masks and any(s.pairs[0].mask is None for s in found)):
-            todo = "; evaluate.py --save predicts without masks" if splits == TEST else ""
+            folder = os.path.commonpath([os.path.abspath(path) for path in paths])
+            datasets.append(ImageSet(name_of(folder), root, None, pair_files(*paths)))
+        elif root not in files:
+            found = find_split(paths[0], splits) or [without_masks(paths[0])]
+            if splits == TRAIN:
+                found = [s for s in found if s.split] or found
+                if len(found) > 1 and not found[0].split:
+                    names = " ".join(s.folder for s in found[:3])
+                    raise InputError(
+                        f"--data: {root} contains {len(found)} datasets; pass one or more, as in --data {names}"
+                    )
+            datasets += found
+    for s in datasets:
+        if need_masks and s.pairs[0].mask is None:
             raise InputError(
-                f"{root}: no images beside masks for the {splits[0]} split; {advice(paths[0])}{todo}"
+                f"{s.folder}: no images beside masks for the {splits[0]} split (only evaluate.py --save"
+                f" needs none); {advice(Path(s.folder))}"
             )
-        datasets += found
-    if not datasets:
-        raise InputError(f"--data: {files[0]} is no image, and neither is any other")
-    if files and need_masks:
-        raise InputError(
-            f"--data: {files[0]} has no mask; evaluate.py --save predicts without masks"
-        )
     return datasets
 
 
 def find_split(root: Path, splits: tuple[str, ...]) -> list[ImageSet]:
-    """The datasets in a folder, of the first of `splits` that it has, and those without splits."""
+    """The datasets in a folder: of the first of `splits` that it has, and those without splits."""
     for split in splits:
         found = list(search(root, split))
         if any(s.split for s in found):
@@ -703,26 +651,23 @@ def search(
     folder: Path, split: str, own_split: str | None = None, depth: int = 4
 ) -> Iterator[ImageSet]:
     """The datasets of a split, and those without splits, in a folder and up to four levels below."""
-    image_folder = only(folder, subfolders(folder, IMAGE_FOLDERS))
-    mask_folder = only(folder, subfolders(folder, MASK_FOLDERS))
-    if image_folder is None:
-        for below in entries(folder) if depth else ():
-            if below.is_dir():
-                yield from search(below, split, split_of(below) or own_split, depth - 1)
-        return
-    if own_split not in (split, None):
-        return
-    images = split_folder(image_folder, split)
-    masks = mask_folder and split_folder(mask_folder, split)
-    if images != image_folder:  # images/train, and masks/train or masks
-        own_split = split
-    if images is not None:
-        pairs = pair_files(images, masks, masks == mask_folder and images != image_folder)
-        yield ImageSet(name_of(folder), str(folder), own_split, pairs)
+    images = only(folder, IMAGE_FOLDERS)
+    masks = only(folder, MASK_FOLDERS)
+    if images is None:
+        for below in folders_in(folder) if depth else ():
+            yield from search(below, split, split_of(below) or own_split, depth - 1)
+    elif own_split in (split, None):
+        image_part = split_folder(images, split)
+        mask_part = masks and split_folder(masks, split)
+        has_parts = image_part != images  # images/train, and masks/train or masks
+        if image_part is not None:
+            pairs = pair_files(image_part, mask_part, has_parts and mask_part == masks)
+            yield ImageSet(name_of(folder), str(folder), split if has_parts else own_split, pairs)
 
 
-def only(parent: Path, folders: list[Path]) -> Path | None:
-    """The only one of `folders`, or None."""
+def only(parent: Path, words: str) -> Path | None:
+    """The only folder in another whose name matches, or None."""
+    folders = [folder for folder in folders_in(parent) if matches(folder, words)]
     if len(folders) > 1:
         names = " and ".join(folder.name for folder in folders)
         raise InputError(f"{parent}: {names}: which? Name the two folders: --data IMAGES,MASKS")
@@ -731,8 +676,8 @@ def only(parent: Path, folders: list[Path]) -> Path | None:
 
 def split_folder(folder: Path, split: str) -> Path | None:
     """The subfolder of a split, or the folder itself where it has none for splits."""
-    parts = [f for f in entries(folder) if f.is_dir() and split_of(f)]
-    return only(folder, [f for f in parts if split_of(f) == split]) if parts else folder
+    has_splits = any(map(split_of, folders_in(folder)))
+    return only(folder, SPLIT_FOLDERS[split]) if has_splits else folder
 
 
 def matches(folder: Path, words: str) -> bool:
@@ -744,21 +689,16 @@ def matches(folder: Path, words: str) -> bool:
     return re.fullmatch(rf"(.*_)?({words.replace(' ', '|')})", name) is not None
 
 
-def subfolders(folder: Path, words: str) -> list[Path]:
-    """The folders in a folder whose names match."""
-    return [f for f in entries(folder) if f.is_dir() and matches(f, words)]
-
-
 def split_of(folder: Path) -> str | None:
     """The split that a folder is named after."""
     return next((split for split, words in SPLIT_FOLDERS.items() if matches(folder, words)), None)
 
 
-def name_of(folder: Path) -> str:
+def name_of(folder: str | Path) -> str:
     """A dataset's name: its folder's, or the next one's above where a folder only names the split."""
-    parts = Path(os.path.abspath(folder)).parts[1:] or ("data",)
     splits = " ".join(SPLIT_FOLDERS.values()).split()
-    return next((name for name in parts[::-1] if name.lower() not in splits), parts[-1])
+    names = Path(os.path.abspath(folder)).parts[:0:-1]
+    return next((name for name in names if name.lower() not in splits), "data")
 
 
 def entries(folder: Path) -> list[Path]:
@@ -772,6 +712,11 @@ def entries(folder: Path) -> list[Path]:
     return [f for f in found if not f.name.startswith(hidden if f.is_dir() else ".")]
 
 
+def folders_in(folder: Path) -> list[Path]:
+    """The folders in a folder."""
+    return [entry for entry in entries(folder) if entry.is_dir()]
+
+
 def files_below(folder: Path) -> Iterator[Path]:
     """The files in a folder and below it, or of a pattern."""
     for entry in entries(folder) if folder.is_dir() else map(Path, sorted(glob(str(folder)))):
@@ -781,18 +726,17 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def name_in(folder: Path, file: Path) -> str:
-    """A file's path below a folder without extension."""
-    name = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
-    return name.with_suffix("").as_posix()
-
-
 def image_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, Path]:
-    """The image files in a folder and below it, or among `files`, by their names."""
+    """The image files in a folder and below it, or among `files`, by their names.
+
+    A name is the path below the folder, without extension, and with accents in one form: macOS
+    writes them as characters of their own.
+    """
     named: dict[str, Path] = {}
     others = []
     for file in files_below(folder) if files is None else files:
-        name = name_in(folder, file)
+        path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+        name = unicodedata.normalize("NFC", path.with_suffix("").as_posix())
         if file.suffix.lower() not in EXTENSIONS:
             others.append(file)
         elif name in named:
@@ -802,24 +746,23 @@ def image_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, 
             )
         else:
             named[name] = file
-    if others and not named and others[0].suffix.lower() in POLYGONS:
-        raise InputError(f"{others[0]}: {NO_MASKS}")
-    if others:
-        warn(
-            f"{others[0].parent}: skipped {len(others)} files whose extensions Pillow does not know, such as"
-            f" {others[0].name}"
+    such = "".join(f", such as {file.name}" for file in others[:1])
+    if not named:
+        raise InputError(
+            f"{folder}: contains no image files, but {len(others)} others{such}; {POLYGONS}"
         )
+    if others:
+        warn(f"{folder}: skipped {len(others)} files whose extensions Pillow does not know{such}")
     return named
 
 
-POLYGONS = (".json", ".xml", ".txt")
-NO_MASKS = "polygons or boxes, not masks; draw them into images first"
+POLYGONS = "polygons or boxes (.json, .xml, .txt) have to be drawn into images first"
 
 
-def without_masks(folder: Path, files: Iterable[Path]) -> list[ImageSet]:
-    """The image files among `files` as a dataset, if there are any."""
+def without_masks(folder: Path, files: Iterable[Path] | None = None) -> ImageSet:
+    """Images alone, as a dataset."""
     pairs = [Pair(name, file, None) for name, file in image_files(folder, files).items()]
-    return [ImageSet(name_of(folder), str(folder), None, pairs)] if pairs else []
+    return ImageSet(name_of(folder), str(folder), None, pairs)
 
 
 def pair_files(
@@ -827,94 +770,67 @@ def pair_files(
 ) -> list[Pair]:
     """The pairs of two folders; with `more_masks`, the second also has those of other images."""
     images = image_files(image_folder)
-    if not images:
-        raise InputError(f"{image_folder}: contains no image files")
-    if mask_folder is None:
-        return [Pair(name, file, None) for name, file in images.items()]
-    where = f"{image_folder} and {mask_folder}"
-    mask_of = match(images, image_files(mask_folder), where, more_masks)
-    return [Pair(name, file, mask_of[name]) for name, file in images.items()]
+    masks = [None] * len(images)
+    if mask_folder is not None:
+        masks = match(images, image_files(mask_folder), more_masks)
+    if masks == list(images.values()):
+        raise InputError(f"{image_folder}: images and masks are the same; name patterns of each")
+    return [Pair(name, images[name], mask) for name, mask in zip(images, masks, strict=True)]
 
 
-def match(
-    images: dict[str, Path], others: dict[str, Path], where: str, more: bool
-) -> dict[str, Path]:
+def match(images: dict[str, Path], others: dict[str, Path], more: bool = False) -> list[Path]:
     """Each image's mask (or map) by its name, else by its name without shared words.
 
     With `more`, there may be masks of other images.
     """
-    for key in (composed, without_shared_words):
-        other_of = dict(zip(key(others), others.values(), strict=True))
-        keys = dict(zip(key(images), images, strict=True))
-        if (
-            len(other_of) == len(others)
-            and len(keys) == len(images)
-            and keys.keys() <= other_of.keys()
-        ):
-            if more or len(others) == len(images):
-                return {name: other_of[key] for key, name in keys.items()}
-            break
-    alone = [
-        sorted(images[keys[key]].name for key in keys.keys() - other_of.keys()),
-        sorted(other_of[key].name for key in other_of.keys() - keys.keys()),
-    ]
-    alone = [f"{len(names)}{f' such as {names[0]}' if names else ''}" for names in alone]
+    for named in (dict, without_shared_words):
+        a = named(images)
+        b = named(others)
+        if a.keys() <= b.keys() and (more or len(a) == len(b)):
+            return [b[name] for name in a]
+    alone = []
+    for files, partners in ((a, b), (b, a)):
+        names = [str(file) for name, file in files.items() if name not in partners]
+        alone.append(f"{len(names)}{f' such as {names[0]}' if names else ''}")
     raise InputError(
-        f"{where}: images without a partner: {alone[0]}; partners without an image: {alone[1]};"
+        f"images without a partner: {alone[0]}; partners without an image: {alone[1]};"
         " names must agree but for words that all of them share"
     )
 
 
-def composed(names: Iterable[str]) -> list[str]:
-    """Names with accents in one form; macOS writes them as characters of their own."""
-    return [unicodedata.normalize("NFC", name) for name in names]
+def without_shared_words(files: dict[str, Path]) -> dict[str, Path]:
+    """Files by their names without the words that all begin or end with: a_1_mask, a_2_mask -> 1, 2.
 
-
-def without_shared_words(names: Iterable[str]) -> list[str]:
-    """Names without the words that all of them begin or end with: a_1_mask, a_2_mask -> 1, 2.
-
-    Words of a file's name are divided by -, _, . or a blank.
+    Words are divided by -, _, . or a blank. Names that would then be the same stay as they are.
     """
-    paths = [Path(name) for name in composed(names)]
-    words = [re.split(r"[-_. ]", path.name) for path in paths]
+    words = [re.split(r"[-_. ]", Path(name).name) for name in files]
     first = len(os.path.commonprefix(words))
     last = len(os.path.commonprefix([w[::-1] for w in words]))
-    return [
-        str(p.parent / "_".join(w[first : len(w) - last]))
-        for p, w in zip(paths, words, strict=True)
-    ]
+    short = {}
+    for (name, file), w in zip(files.items(), words, strict=True):
+        short[str(Path(name).parent / "_".join(w[first : len(w) - last]))] = file
+    return short if len(short) == len(files) else files
 
 
 def advice(root: Path) -> str:
-    """What to pass as --data for a folder in no known layout."""
-    below = defaultdict(dict)
-    files = list(islice(files_below(root), 50_000))
-    for file in files:
+    """What to pass as --data for a folder in no known layout: two folders whose names pair up."""
+    images = defaultdict(dict)
+    for file in islice(files_below(root), 50_000):
         if file.suffix.lower() in EXTENSIONS:
-            for folder in [f for f in file.parents if f.is_relative_to(root)]:
-                below[folder][name_in(folder, file)] = file
-    photos = [folder for folder, images in below.items() if are_photographs(images) == {True}]
-    masks = [folder for folder, images in below.items() if are_photographs(images) == {False}]
+            images[file.parent][file.stem] = file
+    size = {
+        one: sum(file.stat().st_size for file in files.values()) for one, files in images.items()
+    }
     pairs = []
-    for one, two in product(photos[:40], masks[:40]):
+    for one, two in permutations(list(images)[:40], 2):
         with suppress(InputError):
-            match(below[one], below[two], "", True)
-            pairs.append((len(below[one]), len(os.path.commonpath((one, two))), f"{one},{two}"))
+            match(images[one], images[two])
+            # Of one split rather than of two; and masks are smaller files than photographs.
+            near = len(os.path.commonpath((one, two)))
+            pairs.append((len(images[one]), near, size[one] - size[two], f"{one},{two}"))
     if not pairs:
-        for file in files:
-            if file.suffix.lower() in POLYGONS:
-                return f"{file.name}: {NO_MASKS}"
-    folders = max(pairs)[-1] if pairs else "IMAGES,MASKS"
-    return f"name both folders, as in --data {shlex.quote(folders)}"
-
-
-def are_photographs(images: dict[str, Path]) -> set[bool]:
-    """Whether the first and the last of some images have many colours."""
-    answers = set()
-    for file in list(images.values())[:: max(1, len(images) - 1)]:
-        thumbnail = open_image(file, "RGB").resize((64, 64), Image.Resampling.NEAREST)
-        answers.add(thumbnail.getcolors(100) is None)
-    return answers
+        return f"name both folders, as in --data IMAGES,MASKS ({POLYGONS})"
+    return f"name both folders, as in --data {shlex.quote(max(pairs)[-1])}"
 
 
 def plain_name(name: str) -> str:
@@ -925,44 +841,42 @@ def plain_name(name: str) -> str:
 # -------------------------------------------------------------------------------------------------
 # A look at the files: warnings of what changes numbers
 
-EMPTY = "masks are empty"
-FULL = "masks have no background"
-LOST = "masks are empty once resized for the network"
 
-
-def inspect(pair: Pair, size: int | None, is_map: bool) -> tuple[list[str], float, float]:
-    """Possible problems of a pair; the fractions of its mask above 0 and above 128."""
+def inspect(pair: Pair, size: int | None, is_map: bool) -> list[str]:
+    """Possible problems of an image (or a map) and its mask."""
     image = open_image(pair.image)
     mask_file = open_image(pair.mask)
     mask = read_mask(pair.mask)
-    above_0 = np.mean(np.asarray(mask) > 0)
-    above_128 = np.mean(np.asarray(mask) > 128)
-    lost = size and size < max(mask.size) and not foreground(mask, PAPER, size).any()
+    levels = mask.histogram()  # how many pixels have each
+    above_0 = sum(levels[1:])
+    above_128 = sum(levels[129:])
+    is_lost = size and not foreground(mask, PAPER, size).any()
+    is_deep = image.mode[0] == "I" or (image.mode == "F" and not is_map)
+    is_turned = orientation(image) != 1 or orientation(mask_file) != 1
+    is_coloured = not is_grey(mask_file) or (is_map and not is_grey(image))
     problems = {
-        EMPTY: above_0 == 0,
-        LOST: lost and above_0 > 0,
-        FULL: above_0 == 1,
-        "files differ in size from their masks; both are resized independently": image.size
-        != mask.size,
-        "files have more than 8 bits per channel; values above 255 are clipped, so save them with 8": (
-            image.mode[0] == "I" or (image.mode == "F" and not is_map)
+        "masks are empty": above_0 == 0,
+        "masks are empty once resized for the network": above_0 and is_lost,
+        "masks have no background": levels[0] == 0,
+        "masks shrink by a fifth or more from above 0 (training, paper) to above 128 (full-size)": (
+            above_128 < 0.8 * above_0
         ),
-        "photos or masks are turned by their EXIF, which is ignored beside a mask": (
-            orientation(image) != 1 or orientation(mask_file) != 1
+        "files differ in size from their masks; both are resized independently": (
+            image.size != mask.size
         ),
-        "maps have colours or a varying alpha, and are read by brightness": is_map
-        and not is_grey(image),
-        "masks have colours or a varying alpha, and are read by brightness": not is_grey(mask_file),
+        "files have more than 8 bits per channel; values above 255 are clipped, so save them with 8": is_deep,
+        "files are turned by their EXIF, or their masks are; beside a mask it is ignored": is_turned,
+        "masks or maps have colours or a varying alpha, and are read by brightness": is_coloured,
     }
-    return [text for text, is_there in problems.items() if is_there], above_0, above_128
+    return [text for text, is_there in problems.items() if is_there]
 
 
 def is_grey(image: Image.Image) -> bool:
     """Whether an image's grey levels are all that it has: no colours, no varying alpha."""
     if image.mode in ("1", "L", "F") or image.mode[0] == "I":
         return True
-    red, green, blue, alpha = image.convert("RGBA").split()
-    return red.tobytes() == green.tobytes() == blue.tobytes() and len(set(alpha.getextrema())) == 1
+    pixels = np.asarray(image.convert("RGBA"))
+    return bool((pixels[..., :3] == pixels[..., :1]).all() and np.ptp(pixels[..., 3]) == 0)
 
 
 def orientation(image: Image.Image) -> int:
@@ -980,68 +894,50 @@ def check_files(
     name, _, _, pairs = dataset
     if pairs[0].mask is None:
         return
-    look = partial(inspect, size=size, is_map=are_maps)
-    inspected = list(progress(in_threads(look, pairs, workers), name, len(pairs)))
+    inspected = in_threads(partial(inspect, size=size, is_map=are_maps), pairs, workers)
     files = defaultdict(list)
-    for pair, (found, *_) in zip(pairs, inspected, strict=True):
-        for what in found:
-            files[what].append(pair.image.name)
-    for what, names in files.items():
-        text = f"{name}: {len(names)} of {len(pairs)} {what} (such as {names[0]})"
-        if what in (EMPTY, FULL, LOST) and len(names) == len(pairs):
+    for pair, problems in zip(pairs, progress(inspected, name, len(pairs)), strict=True):
+        for problem in problems:
+            files[problem].append(pair.image)
+    for problem, found in files.items():
+        text = f"{name}: {len(found)} of {len(pairs)} {problem} (such as {found[0]})"
+        if problem.startswith(("masks are empty", "masks have no")) and len(found) == len(pairs):
             raise InputError(f"{text}; check how {pairs[0].mask.parent} was made")
         warn(text)
-    _, above_0, above_128 = zip(*inspected, strict=True)
-    if sum(above_128) < 0.9 * sum(above_0):
-        worst = pairs[np.argmax(np.subtract(above_0, above_128))].mask
-        warn(
-            f"{name}: {np.mean(above_0):.2%} of the masks' pixels are above 0 (training, paper),"
-            f" {np.mean(above_128):.2%} above 128 (full-size), see {worst}"
-        )
 
 
 # -------------------------------------------------------------------------------------------------
 # Tables and pictures
 
-CSV_COLUMNS = ("model", "dataset", "images", "protocol", *METRICS, "precision")
-
-
-def print_row(first: str, second: object, cells: dict[str, str]) -> None:
-    """Print a line of the table, with the cells of some columns."""
-    text = "".join(f"  {cell:>{max(6, len(column))}}" for column, cell in cells.items())
-    say(f"{first:<20}  {second:>6}{text}")
+CSV_HEADER = (
+    "model,dataset,images,protocol,S,E,wF,MAE,maxF,adpF,meanF,maxE,BER,BER_pooled,precision"
+)
 
 
 def print_metrics(name: str, images: int, metrics: dict[str, float], protocol: Protocol) -> None:
     """Print a dataset's row and, where images and protocol are the paper's, the paper's rows."""
-    digits = {column: 2 if column.startswith("BER") else 4 for column in metrics}
-    print_row(name, images, {c: f"{value:.{digits[c]}f}" for c, value in metrics.items()})
+    decimals = {column: 2 if column.startswith("BER") else 4 for column in metrics}
+    cells = [f"{column} {value:.{decimals[column]}f}" for column, value in metrics.items()]
+    say(f"{name:<20}{images:>6} images  {'  '.join(cells)}")
     for line in PUBLISHED.strip().splitlines() if protocol == PAPER else ():
         model, dataset, count, *row = line.split()
-        if (dataset, int(count)) == (plain_name(name), images):
-            published = dict(zip(row[::2], row[1::2], strict=True))
-            print_row(f"  {model}, paper", "", {c: published.get(c, "") for c in metrics})
+        if (dataset, count) == (plain_name(name), str(images)):
+            say(f"  {model} in the paper:  {' '.join(row)}")
 
 
-def check_csv(path: Path) -> None:
-    """Refuse a file to which no row can be appended."""
+def append_csv(path: Path, *rows: dict) -> None:
+    """Append rows to a table, numbers in full precision, and at first the header."""
     with path.open("a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.seek(0)
         header = file.readline()
-        whole = file.read()[-1:] in ("", "\n")
-    if header and (header.split() != [",".join(CSV_COLUMNS)] or not whole):
-        raise InputError(
-            f"--csv: {path} was not written by this version of evaluate.py; pass another"
-        )
-
-
-def append_csv(path: Path, row: dict) -> None:
-    """Append a row to a table, numbers in full precision, and at first the header."""
-    with path.open("a", encoding="utf-8", errors="surrogateescape", newline="") as file:
-        table = csv.DictWriter(file, CSV_COLUMNS)
-        if file.tell() == 0:
+        if header.strip() not in ("", CSV_HEADER):
+            raise InputError(
+                f"--csv: {path} was not written by this version of evaluate.py; pass another"
+            )
+        table = csv.DictWriter(file, CSV_HEADER.split(","))
+        if not header:
             table.writeheader()
-        table.writerow(row)
+        table.writerows(rows)
 
 
 def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
@@ -1051,35 +947,30 @@ def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
     shown = []
     for which, i in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
         pair = dataset.pairs[i]
-        prediction = np.asarray(open_image(save / dataset.name / f"{pair.name}.png"))
+        prediction = open_image(save / dataset.name / f"{pair.name}.png")
         title = f"{which}: {pair.name}, {metric} {rows[i][metric]:.4g}"
-        shown.append((title, read_sample(pair, 256, PAPER), prediction))
+        shown.append((title, read_sample(pair, 256, PAPER), np.asarray(prediction)))
     draw_samples(shown, save / f"overview-{dataset.name}.png")
 
 
 def draw_samples(rows: list[tuple[str, Sample, np.ndarray | None]], path: Path) -> None:
-    """Draw rows of (title, sample, prediction or None): the image, its mask's outline in red, the
-    mask, and the prediction."""
-    width, height = 246, 186
-    sheet = Image.new("RGB", (3 * width, 20 + len(rows) * height), "white")
-    draw = ImageDraw.Draw(sheet)
-    columns = "image with the outline of its mask; mask" + "; prediction" * (rows[0][2] is not None)
-    draw.text((3, 3), columns, fill="black", font_size=12)
-    for y, (title, sample, prediction) in enumerate(rows):
-        top = 20 + y * height
-        title = title.encode("ascii", "replace").decode()
-        draw.text((3, top + 3), title, fill="black", font_size=12)
-        scale = min((height - 26) / sample.size[0], (width - 6) / sample.size[1])
-        fit = [max(1, round(side * scale)) for side in sample.size[::-1]]
-        mask = Image.fromarray(sample.mask).resize(fit)
-        image = Image.fromarray(sample.pixels).resize(fit)
-        image.paste("red", mask=mask.convert("L").filter(ImageFilter.FIND_EDGES))
-        panels = [image, mask]
-        if prediction is not None:
-            panels.append(Image.fromarray(prediction).resize(fit))
-        for x, panel in enumerate(panels):
-            sheet.paste(panel, (x * width + 3, top + 20))
-    write_atomically(path, lambda file: sheet.save(file, "PNG"))
+    """Draw rows of (title, sample, prediction or None), squeezed into squares as the network gets them:
+    the image with its mask's outline in red, the mask, the prediction."""
+    strips = []
+    for title, sample, prediction in rows:
+        arrays = [a for a in (sample.pixels, sample.mask, prediction) if a is not None]
+        panels = [Image.fromarray(a).convert("RGB").resize((200, 200)) for a in arrays]
+        outline = panels[1].convert("L").filter(ImageFilter.FIND_EDGES)
+        panels[0].paste("red", mask=outline)
+        text = title.encode("ascii", "replace")
+        ImageDraw.Draw(panels[0]).text((4, 4), text, "white", stroke_width=1, stroke_fill="black")
+        strips.append(np.hstack(panels))
+    save_image(Image.fromarray(np.vstack(strips)), path)
+
+
+def save_image(image: Image.Image, path: Path) -> None:
+    """Write a PNG file, whole or not at all."""
+    write_atomically(path, lambda file: image.save(file, "PNG"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1145,18 +1036,12 @@ def warn(text: str) -> None:
     say(f"warning: {text}", sys.stderr)
 
 
-class Help(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows the docstring as it is, and each option's default where it has one."""
-
-    def _get_help_string(self, action: argparse.Action) -> str:
-        return super()._get_help_string(action) if action.default else action.help
-
-
 class Parser(argparse.ArgumentParser):
-    """Errors are one line, with exit code 2."""
+    """Shows a script's docstring as it is; errors are one line, with exit code 2."""
 
     def __init__(self, doc: str) -> None:
-        super().__init__(description=doc, formatter_class=Help, allow_abbrev=False)
+        raw = argparse.RawDescriptionHelpFormatter
+        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -1166,25 +1051,25 @@ def number(least: float, kind: type = int) -> Callable[[str], float]:
     """The type of an option that is a number."""
 
     def number(text: str) -> float:
-        if not least <= kind(text) < 2**32:
+        if not least <= kind(text):
             raise ValueError
         return kind(text)
 
     return number
 
 
-def add_machine_options(parser: Parser) -> argparse._ArgumentGroup:
-    """The options both scripts have; returns their group."""
+def add_machine_options(parser: Parser) -> Callable:
+    """The options both scripts have; returns what adds more of the kind."""
     cores = min(8, (os.cpu_count() or 1) // LOCAL_WORLD)
-    group = parser.add_argument_group("machine; results change by rounding error at most")
+    machine = parser.add_argument_group("machine; results change by rounding error at most")
     # fmt: off
-    group.add_argument("--workers", type=number(0), default=cores, help="threads of a process that read images, and as many that score them")
-    group.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
+    machine.add_argument("--workers", type=number(0), default=cores, help="threads of a process that read images, and as many that score them (default: %(default)s)")
+    machine.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
     # fmt: on
-    return group
+    return machine.add_argument
 
 
-def check_device(args: argparse.Namespace) -> None:
+def check_device(args: Namespace) -> None:
     """Choose a device where --device does not, and try it; each process of several takes its own GPU."""
     if args.device is None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
@@ -1207,15 +1092,10 @@ def check_device(args: argparse.Namespace) -> None:
         ) from error
 
 
-def peak_memory(device: str) -> float:
-    """Peak memory of a GPU in MB."""
-    return torch.cuda.max_memory_allocated(device) / 2**20
-
-
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM)
 
 
-def on_stop(message: Callable[[], str]) -> None:
+def on_stop(message: Callable) -> None:
     """Have Ctrl-C and SIGTERM end the script at once: one line, exit code 130.
 
     Sound because every file is written whole or not at all. Not in a notebook, whose variables
@@ -1227,18 +1107,20 @@ def on_stop(message: Callable[[], str]) -> None:
         os.write(2, f"{start}{Path(sys.argv[0]).name}: {message()}\n".encode(errors="replace"))
         os._exit(130)
 
-    if (
-        hasattr(builtins, "__IPYTHON__")
-        or threading.current_thread() is not threading.main_thread()
-    ):
-        return
-    for number in STOP_SIGNALS:
-        if signal.getsignal(number) != signal.SIG_IGN:
-            # Python would not run a handler while another process is waited for.
-            signal.signal(number, stop if RANK == 0 else signal.SIG_DFL)
+    # Python would not run a handler while another process is waited for.
+    set_handlers({number: stop if RANK == 0 else signal.SIG_DFL for number in STOP_SIGNALS})
 
 
-def run(main: Callable[[], None]) -> None:
+def set_handlers(handlers: dict) -> None:
+    """Set the handlers of signals, in the main thread of a script."""
+    in_main_thread = threading.current_thread() is threading.main_thread()
+    if in_main_thread and not hasattr(builtins, "__IPYTHON__"):
+        for number, handler in handlers.items():
+            if signal.getsignal(number) != signal.SIG_IGN:
+                signal.signal(number, handler)
+
+
+def run(main: Callable) -> None:
     """Run a script. Errors the user can fix are one line and exit code 2; others keep their traceback."""
     handlers = {number: signal.getsignal(number) for number in STOP_SIGNALS}
     on_stop(lambda: "stopped")
@@ -1247,47 +1129,37 @@ def run(main: Callable[[], None]) -> None:
     try:
         main()
         return
-    except InputError as error:
-        message = str(error)
-    except OSError as error:
-        if error.filename is None:
-            raise
-        message = f"{error.filename}: {error.strerror}"
-    except (RuntimeError, MemoryError) as error:
-        message = known_failure(error)
+    except Exception as error:
+        message = what_to_do(error)
         if message is None:
             raise
     finally:
-        if threading.current_thread() is threading.main_thread():
-            for number, handler in handlers.items():
-                signal.signal(number, handler)
+        set_handlers(handlers)
     message = f"{Path(sys.argv[0]).name}: error: {message}"
     if RANK > 0:  # what all processes meet, the first says, and torchrun ends this one meanwhile
         time.sleep(3)
-    if error_file := os.environ.get(
-        "TORCHELASTIC_ERROR_FILE"
-    ):  # torchrun shows it as its last words
+    if file := os.environ.get("TORCHELASTIC_ERROR_FILE"):  # torchrun shows it as its last words
         details = dict(py_callstack=message, timestamp=str(int(time.time())))
         failure = dict(message=dict(message=message, extraInfo=details))
-        Path(error_file).write_text(json.dumps(failure))
+        Path(file).write_text(json.dumps(failure))
     else:
         print(message, file=sys.stderr)
     sys.exit(2)
 
 
-def known_failure(error: Exception) -> str | None:
-    """What to do about an error of PyTorch's, where a user can do something."""
+def what_to_do(error: Exception) -> str | None:
+    """One line about an error that the user can fix; None for others."""
     text = str(error)
+    if isinstance(error, InputError):
+        return text
+    if isinstance(error, OSError) and error.filename is not None:
+        return f"{error.filename}: {error.strerror}"
     out_of_memory = ("allocate", "out of memory", "ALLOC_FAILED")  # a CPU's, CUDA's, cuBLAS's
-    if isinstance(error, MemoryError) or any(words in text for words in out_of_memory):
+    is_torchs = isinstance(error, RuntimeError) and any(words in text for words in out_of_memory)
+    if is_torchs or isinstance(error, MemoryError):
         return (
             f"too little memory ({one_line(error)}); try --grad-checkpoint, --accumulate or --precision"
             " bf16 in training, or a lower --batch-size, --size or --sam"
-        )
-    if "no kernel image" in text:
-        return (
-            f"PyTorch {torch.__version__} was not built for this GPU; install a build that was, for"
-            f" CUDA {torch.version.cuda} or newer, or pass --device cpu"
         )
     return None
 

@@ -13,14 +13,14 @@ for shadows best BER) appear under --out, for `evaluate.py --ckpt`. --resume con
 stopped; `torchrun --nproc_per_node 4 train.py ...` shares it among four GPUs.
 """
 
-import argparse
 import csv
 import math
 import os
+import re
 import shlex
 import time
+from argparse import Namespace
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import suppress
 from datetime import timedelta
 from functools import cache, partial
 from itertools import islice
@@ -37,7 +37,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import tssam
-from evaluate import LOCAL_WORLD, PAPER, RANK, WORLD, ImageSet, Pair, number, say
+from evaluate import LOCAL_WORLD, PAPER, RANK, WORLD, ImageSet, Pair, Sample, number, say
 from tssam import TSSAM, InputError
 
 # -------------------------------------------------------------------------------------------------
@@ -83,7 +83,7 @@ def train_epoch(
     optimizer: torch.optim.Optimizer,
     scaler: torch.amp.GradScaler,
     pairs: list[Pair],
-    args: argparse.Namespace,
+    args: Namespace,
     epoch: int,
 ) -> dict:
     """Take an epoch's steps; returns its row of log.csv.
@@ -92,7 +92,7 @@ def train_epoch(
     """
     start = time.monotonic()
     network.train()
-    optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.epochs, args.lr)
+    lr = optimizer.param_groups[0]["lr"] = learning_rate(epoch, args.epochs, args.lr)
     loss_of = balanced_bce if args.task == "shadow" else bce_iou
     steps = len(pairs) // args.batch_size
     losses = []  # on the device
@@ -113,28 +113,25 @@ def train_epoch(
         scaler.step(optimizer)
         scaler.update()
         optimizer.zero_grad()
+        for before in losses[-1:]:  # a step late, so that a GPU need not be waited for
+            check_finite("loss", [before], epoch)
+            bar.set_postfix(loss=f"{before.item():.4f}", refresh=False)
         losses.append(loss)
-        if len(losses) > 1:  # the step before, so that a GPU need not be waited for
-            check_finite("loss", losses[-2:-1], epoch)
-            bar.set_postfix(loss=f"{losses[-2].item():.4f}", refresh=False)
     batches.close()  # and with it its threads, before validation
-    check_finite("loss", losses[-1:], epoch)
-    check_finite("weights", (p for p in network.parameters() if p.requires_grad), epoch)
-    # The last step's running statistics, of the first process.
     for buffer in network.buffers() if WORLD > 1 else ():
-        dist.broadcast(buffer, 0)
-    check_finite("statistics", network.buffers(), epoch)
+        dist.broadcast(buffer, 0)  # the running statistics of the first process
+    check_finite("loss", losses, epoch)
+    check_finite("weights", network.state_dict().values(), epoch)
     seconds = time.monotonic() - start
-    row = dict(epoch=epoch, loss=torch.stack(losses).cpu().double().mean().item())
-    row |= dict(lr=optimizer.param_groups[0]["lr"])
-    row |= dict(images_per_s=steps * args.batch_size / seconds, seconds=seconds)
+    mean_loss = torch.stack(losses).cpu().double().mean().item()
+    speed = dict(images_per_s=steps * args.batch_size / seconds, seconds=seconds)
     if args.device.startswith("cuda"):
-        row["peak_MB"] = evaluate.peak_memory(args.device)
-    return row
+        speed["peak_MB"] = torch.cuda.max_memory_allocated(args.device) / 2**20
+    return dict(epoch=epoch, loss=mean_loss, lr=lr, **speed)
 
 
 def micro_batches(
-    pairs: list[Pair], args: argparse.Namespace, epoch: int
+    pairs: list[Pair], args: Namespace, epoch: int
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """An epoch's images (B, 3, S, S), normalised, and masks (B, 1, S, S) of 0 and 1, on the device.
 
@@ -169,7 +166,7 @@ def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
         )
 
 
-def validate(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> dict[str, float]:
+def validate(model: TSSAM, pairs: list[Pair], args: Namespace) -> dict[str, float]:
     """The metrics on the validation set, under the paper's protocol; processes share the work."""
     rows = evaluate.score_images(
         model,
@@ -199,10 +196,9 @@ def main() -> None:
     evaluate.on_stop(partial(how_to_continue, args.out))
     train_pairs, val_pairs, val = find_data(args)
     model, encoder = build_model(args, stored)
-    about = dict(task=args.task, encoder=encoder, val=val)
-    pairs = dict(training_images=train_pairs, validation_images=val_pairs)
-    about["run"] = describe_run(args, **pairs)
-    check_resumed(about["run"], stored.get("run", about["run"]))
+    run = describe_run(args, training_images=train_pairs, validation_images=val_pairs)
+    check_resumed(run, stored.get("run", run))
+    about = dict(task=args.task, encoder=encoder, val=val, run=run)
 
     # Averages gradients. Each process normalises with the statistics of its own micro-batch.
     network = DistributedDataParallel(model) if WORLD > 1 else model
@@ -213,33 +209,30 @@ def main() -> None:
         optimizer = torch.optim.Adam(trained, args.lr)
     device = torch.device(args.device).type
     scaler = torch.amp.GradScaler(device, enabled=args.precision == "fp16")
-    draw_data(train_pairs[:6], args)
-    say(f"model: {args.sam} at {args.size} x {args.size}; run: {args.out}")
-    say(
-        f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}, {args.precision}"
-    )
+    first_process(partial(draw_data, train_pairs, args))
+    say(f"model: {args.sam} at {args.size} x {args.size}, {args.precision}; run: {args.out}")
+    say(f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}")
 
     rows: list[dict] = []  # of log.csv, and of last.pt's epochs
-    best_score = -math.inf
     if stored:
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
         rows = stored["rows"]
-        best_score = stored["best_score"]
         say(f"resume: after epoch {len(rows)} of {args.epochs}")
-        if best_score > -math.inf and not (args.out / "best.pt").exists():
-            best_score = -math.inf
-            say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
 
     def save(name: str, **info) -> None:
         if RANK == 0:
             tssam.save_checkpoint(args.out / name, model, epoch=len(rows), **about, **info)
 
     def save_last() -> None:
-        state = dict(optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-        save("last.pt", rows=rows, best_score=best_score, **state)
+        save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
     metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
+
+    def score(row: dict) -> float:  # the higher the better
+        return -row["BER"] if metric == "BER" else row["S"]
+
+    best = args.out / "best.pt"
     # A run that was stopped in an epoch's validation resumes there.
     is_pending = bool(rows and val_pairs and metric not in rows[-1])
     for epoch in range(len(rows) + (0 if is_pending else 1), args.epochs + 1):
@@ -252,11 +245,9 @@ def main() -> None:
         if val_pairs:
             metrics = validate(model, val_pairs, args)
             row |= metrics
-            score = -row["BER"] if metric == "BER" else row["S"]
-            if score > best_score:
-                best_score = score
+            if score(row) > max(map(score, rows[:-1]), default=-math.inf) or not best.exists():
                 mark = "  best"
-                save("best.pt", metrics=metrics)
+                save(best.name, metrics=metrics)
         if RANK == 0:
             write_reports(model, rows, metric, val_pairs or train_pairs, args)
         save_last()
@@ -264,8 +255,8 @@ def main() -> None:
         left = timedelta(seconds=round((args.epochs - epoch) * seconds))
         cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
-    if best_score > -math.inf:
-        say(f"best:  {metric} {abs(best_score):.4f}, {args.out / 'best.pt'}")
+    if val_pairs:
+        say(f"best:  {metric} {max(rows, key=score)[metric]:.4f}, {best}")
     say(
         f"next:  python evaluate.py --ckpt {shlex.quote(str(args.out))} --data PHOTOS --save predictions"
     )
@@ -285,71 +276,68 @@ NOT_REMEMBERED = ("workers", "device", "out", "resume")
 MAY_CHANGE = ("data", "val", "sam_checkpoint", "accumulate", "grad_checkpoint")
 
 
-def parse_arguments() -> tuple[argparse.Namespace, dict]:
+def parse_arguments() -> tuple[Namespace, dict]:
     """The command line, and last.pt of a run to resume ({}: a new run), which fills in what it leaves out."""
     parser = evaluate.Parser(__doc__)
-    data = parser.add_argument_group("data")
-    experiment = parser.add_argument_group("experiment; with the source of each default")
-    run = parser.add_argument_group("run")
+    source = "experiment; with the source of each default"
+    group = parser.add_argument_group("data")
+    data = group.add_argument
+    train_on = group.add_mutually_exclusive_group().add_argument
+    experiment = parser.add_argument_group(source).add_argument
+    run = parser.add_argument_group("run").add_argument
     machine = evaluate.add_machine_options(parser)
-    demo = " ".join(f"--{name.replace('_', '-')} {value}" for name, value in DEMO.items())
     # fmt: off
-    data.add_argument("--task", choices=("sod", "cod", "shadow"), default="sod", help="salient objects (or your own), camouflaged objects, shadows")
-    data.add_argument("--data", nargs="+", help=f"{evaluate.DATA_HELP}, joined")
-    data.add_argument("--val", nargs="+", help="datasets to validate on, or a fraction of --data to hold out, such as 0.1 (default: the val or test splits of --data; cod: CAMO's)")
-    data.add_argument("--demo", action="store_true", help=f"draw a small dataset and train on it, with {demo}")
-    experiment.add_argument("--sam", choices=tuple(tssam.ENCODERS), default="vit_h", help="SAM's encoder (paper: TS-SAM_H)")
-    experiment.add_argument("--sam-checkpoint", help="SAM's weights, or `random` for a random encoder (default: checkpoints/<published name>, downloaded if missing)")
-    experiment.add_argument("--init", help="checkpoint to start from, ours or the authors', trained on the same encoder")
-    experiment.add_argument("--size", type=number(1), default=1024, help="image side, a multiple of 16 (released code)")
-    experiment.add_argument("--epochs", type=number(1), help="number of epochs (paper; default: 80, shadow 100)")
-    experiment.add_argument("--batch-size", type=number(1), default=8, help="images in a step, over all GPUs (paper)")
-    experiment.add_argument("--lr", type=number(0, float), default=8e-4, help="initial learning rate (paper)")
-    experiment.add_argument("--recipe", choices=("paper", "released"), default="paper", help="paper: Adam; released: AdamW with weight decay 0.01 and horizontal flips, as in the released code")
-    experiment.add_argument("--csa-blocks", type=number(0), nargs="+", help="encoder blocks with a CSA, counted from 0, such as 2 3 4 (paper; default: all)")
-    experiment.add_argument("--mrm-blocks", type=number(0), nargs="+", help="encoder blocks with an MRM (released code; default: the last 12)")
-    experiment.add_argument("--seed", type=number(0), default=0, help="of initial weights, order of images and held-out pairs (ours)")
-    experiment.add_argument("--precision", choices=tuple(evaluate.PRECISIONS), help="of the network; losses, FFT and metrics are fp32 (ours; default: bf16 on a GPU that has it, else fp32)")
-    run.add_argument("--out", type=Path, help="a folder without a run (default: runs/<task>-<sam>)")
-    run.add_argument("--resume", type=Path, nargs="?", const=True, help="continue the run in RESUME, or in --out, after its last whole epoch; with --data or --demo, start it if there is none")
-    run.add_argument("--accumulate", type=number(1), default=1, help="split each batch into N micro-batches; batch norms see one at a time")
-    machine.add_argument("--grad-checkpoint", action="store_true", help="recompute the encoder's blocks in backward: less memory")
+    data("--task", choices=evaluate.TASKS, default="sod", help="salient objects (or your own), camouflaged objects, shadows (default: sod)")
+    train_on("--data", nargs="+", help=f"{evaluate.DATA_HELP}, joined")
+    train_on("--demo", action="store_true", help="draw a small dataset and train a miniature on it, without SAM's weights")
+    data("--val", nargs="+", help="datasets to validate on, or a fraction of --data to hold out, such as 0.1 (default: the val or test splits of --data; cod: CAMO's)")
+    experiment("--sam", choices=tssam.ENCODERS, default="vit_h", help="SAM's encoder (paper: TS-SAM_H; default: %(default)s)")
+    experiment("--sam-checkpoint", help="SAM's weights, or `random` for a random encoder (default: checkpoints/<published name>, downloaded if missing)")
+    experiment("--init", help="checkpoint to start from, ours or the authors', trained on the same encoder")
+    experiment("--size", type=number(1), default=1024, help="image side, a multiple of 16 (released code; default: %(default)s)")
+    experiment("--epochs", type=number(1), help="number of epochs (paper; default: 80, shadow 100)")
+    experiment("--batch-size", type=number(1), default=8, help="images in a step, over all GPUs (paper; default: %(default)s)")
+    experiment("--lr", type=number(0, float), default=8e-4, help="initial learning rate (paper; default: %(default)s)")
+    experiment("--recipe", choices=("paper", "released"), default="paper", help="paper: Adam; released: AdamW with weight decay 0.01 and horizontal flips, as in the released code (default: %(default)s)")
+    experiment("--csa-blocks", type=number(0), nargs="+", help="encoder blocks with a CSA, counted from 0, such as 2 3 4 (paper; default: all)")
+    experiment("--mrm-blocks", type=number(0), nargs="+", help="encoder blocks with an MRM (released code; default: the last 12)")
+    experiment("--seed", type=number(0), default=0, help="of initial weights, order of images and held-out pairs (ours; default: %(default)s)")
+    experiment("--precision", choices=evaluate.PRECISIONS, help="of the network; losses, FFT and metrics are fp32 (ours; default: bf16 on a GPU that has it, else fp32)")
+    run("--out", type=Path, help="a folder without a run (default: runs/<task>-<sam>)")
+    run("--resume", type=Path, nargs="?", const=True, help="continue the run in RESUME, or in --out, after its last whole epoch; with --data or --demo, start it if there is none")
+    run("--accumulate", type=number(1), default=1, help="split each batch into N micro-batches; batch norms see one at a time (default: %(default)s)")
+    machine("--grad-checkpoint", action="store_true", help="recompute the encoder's blocks in backward: less memory")
     # fmt: on
 
-    args = parser.parse_args()  # and again after other defaults are set, so that typed options win
-    if args.demo:
+    if parser.parse_args().demo:
         parser.set_defaults(**DEMO)
+    args = parser.parse_args()  # again, so that what is typed replaces other defaults
     if args.resume not in (None, True):
         if args.out not in (None, args.resume):
             raise InputError(
                 f"--out: --resume {args.resume} continues in its own folder; leave out one"
             )
-        parser.set_defaults(out=args.resume)
-    args = parser.parse_args()
-    args.out = args.out or Path("runs") / ("demo" if args.demo else f"{args.task}-{args.sam}")
+        args.out = args.resume
+    args.out = args.out or Path("runs", "demo" if args.demo else f"{args.task}-{args.sam}")
     stored = {}
     if args.resume and (args.out / "last.pt").exists():
         stored = tssam.read_checkpoint(args.out / "last.pt")
-        if "run" not in stored or "optimizer" not in stored:
+        if not {"run", "optimizer"} <= stored.keys():
             raise InputError(
                 f"--resume: {args.out}/last.pt is not of this version's train.py, or no last.pt; start a"
                 " new run from its weights with --init"
             )
         parser.set_defaults(**stored["run"], out=args.out)
         args = parser.parse_args()
-    elif args.resume and (args.data or args.demo):
-        say(f"resume: {args.out} has no last.pt; a new run starts")
-    elif args.resume:
-        raise InputError(f"--resume: {args.out} has no last.pt; pass the run's folder with --out")
     if args.demo and not stored:
-        if args.data or args.val:
-            raise InputError("--demo: draws its own dataset; leave out --data and --val")
         args.data = [str(args.out / "DUTS")]
     if args.data is None:
-        raise InputError("--data: pass the dataset to train on, or try --demo")
+        raise InputError(
+            "--data: pass the dataset to train on, or the run to --resume, or try --demo"
+        )
+    if args.resume and not stored:
+        say(f"resume: {args.out} has no last.pt; a new run starts")
     args.epochs = args.epochs or (100 if args.task == "shadow" else 80)
-    if args.size % tssam.PATCH:
-        raise InputError(f"--size: {args.size} is not a multiple of {tssam.PATCH}")
     evaluate.check_device(args)
     on_cuda = args.device.startswith("cuda")
     has_bf16 = on_cuda and torch.cuda.is_bf16_supported(including_emulation=False)
@@ -363,17 +351,17 @@ def parse_arguments() -> tuple[argparse.Namespace, dict]:
     return args, stored
 
 
-def describe_run(args: argparse.Namespace, **pairs: list[Pair]) -> dict:
+def describe_run(args: Namespace, **pairs: list[Pair]) -> dict:
     """What last.pt remembers of a run: its options, its number of images, their first and last name."""
     run = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
-    run["data"] = [absolute(text) for text in args.data]
-    if args.val and not held_out_fraction(args.val):
-        run["val"] = [absolute(text) for text in args.val]
+    run["data"] = absolute(args.data)
+    if not held_out_fraction(args.val):
+        run["val"] = absolute(args.val)
     if args.sam_checkpoint != "random":
         run["sam_checkpoint"] = None  # the encoder's description has it
     for name, files in pairs.items():
-        names = [pair.image.name for pair in files]
-        run[name] = f"{len(names)} ({min(names)} to {max(names)})" if names else "none"
+        names = [pair.image.name for pair in files] or ["none"]
+        run[name] = f"{len(files)} ({min(names)} to {max(names)})"
     return run
 
 
@@ -393,7 +381,7 @@ def check_resumed(run: dict, before: dict) -> None:
 # Data and model
 
 
-def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[str]]:
+def find_data(args: Namespace) -> tuple[list[Pair], list[Pair], list[str]]:
     """The pairs to train and to validate on, and where the latter are: what --data takes."""
     train_sets = evaluate.find_sets(args.data, evaluate.TRAIN)
     val_sets: list[ImageSet] = []
@@ -401,23 +389,22 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[st
     if args.val and not fraction:
         val_sets = evaluate.find_sets(args.val, evaluate.VALIDATION)
     elif not args.val:
-        folders = [d for d in args.data if os.path.isdir(d)]
-        found = [s for d in folders for s in evaluate.find_split(Path(d), evaluate.VALIDATION)]
-        val_sets = [s for s in found if s.split and s.pairs[0].mask]
+        for root in filter(os.path.isdir, args.data):
+            found = evaluate.find_split(Path(root), evaluate.VALIDATION)
+            val_sets += [s for s in found if s.split and s.pairs[0].mask]
         camo = [s for s in val_sets if evaluate.plain_name(s.name) == "CAMO"]
         if args.task == "cod" and camo:
             val_sets = camo  # 250 images; the four test sets are 6,473 (source: release)
     for kind, datasets in (("train:", train_sets), ("val:  ", val_sets)):
         for s in datasets:
             say(f"{kind} {s}")
-            first_process(lambda s=s: evaluate.check_files(s, args.workers, args.size))
+            first_process(partial(evaluate.check_files, s, args.workers, args.size))
     train_pairs = [pair for s in train_sets for pair in s.pairs]
     val_pairs = [pair for s in val_sets for pair in s.pairs]
     if fraction:
         order = np.random.default_rng((args.seed, 0)).permutation(len(train_pairs))
-        held_out = set(order[: max(1, round(fraction * len(order)))].tolist())
-        val_pairs = [pair for i, pair in enumerate(train_pairs) if i in held_out]
-        train_pairs = [pair for i, pair in enumerate(train_pairs) if i not in held_out]
+        held_out = sorted(order[: max(1, round(fraction * len(order)))], reverse=True)
+        val_pairs = [train_pairs.pop(i) for i in held_out][::-1]
         say(f"val:   {len(val_pairs)} of these pairs, held out by --val {args.val[0]}")
     if not val_pairs:
         say(
@@ -433,29 +420,26 @@ def find_data(args: argparse.Namespace) -> tuple[list[Pair], list[Pair], list[st
             f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; pass a lower"
             " --batch-size"
         )
-    return train_pairs, val_pairs, [absolute(s.folder) for s in val_sets]
+    return train_pairs, val_pairs, absolute([s.folder for s in val_sets])
 
 
 def held_out_fraction(val: list[str] | None) -> float:
     """What --val 0.1 says; 0 where it names datasets."""
-    with suppress(TypeError, ValueError):
-        (text,) = val
-        if not os.path.exists(text) and 0 < float(text) < 1:
-            return float(text)
-    return 0
+    return float(val[0]) if val and re.fullmatch(r"0?\.\d+", val[0]) else 0
 
 
-def absolute(text: str) -> str:
+def absolute(roots: list[str] | None) -> list[str]:
     """What --data takes, with absolute paths."""
-    return ",".join(os.path.abspath(path) for path in evaluate.named_folders(text))
+    named = map(evaluate.named_folders, roots or ())
+    return [",".join(os.path.abspath(path) for path in paths) for paths in named]
 
 
-def build_model(args: argparse.Namespace, stored: dict) -> tuple[TSSAM, dict]:
+def build_model(args: Namespace, stored: dict) -> tuple[TSSAM, dict]:
     """The model with its weights, and what a checkpoint says about its encoder."""
     is_random = args.sam_checkpoint == "random"
     weights = None if is_random else args.sam_checkpoint
     if stored:
-        model = tssam.build_from(stored, args.out / "last.pt", weights)
+        model, _ = tssam.load_checkpoint(args.out / "last.pt", weights)
         encoder = dict(stored["encoder"])
     else:
         if args.init is not None:  # checked before anything is downloaded
@@ -490,7 +474,7 @@ def build_model(args: argparse.Namespace, stored: dict) -> tuple[TSSAM, dict]:
 # The run's folder and processes
 
 
-def claim_out(args: argparse.Namespace, resumed: bool) -> TextIO:
+def claim_out(args: Namespace, resumed: bool) -> TextIO:
     """Make a run's folder, with the demo's dataset, and lock it until this process ends."""
     args.out.mkdir(parents=True, exist_ok=True)
     lock = (args.out / ".lock").open("w")
@@ -505,7 +489,7 @@ def claim_out(args: argparse.Namespace, resumed: bool) -> TextIO:
     except (ImportError, OSError):  # Windows, or a file system without locks
         pass
     if not resumed:
-        for name in ("last.pt", "best.pt", "log.csv", "curves.png", "samples.png"):
+        for name in ("last.pt", "best.pt", "log.csv"):
             if (args.out / name).exists():
                 raise InputError(
                     f"--out: {args.out} contains a run ({name}); continue it with --resume, or pass a"
@@ -527,7 +511,7 @@ def start_processes(device: str) -> None:
     dist.init_process_group(backend, store=store, rank=rank, world_size=world, device_id=own)
 
 
-def first_process(work: Callable[[], object]) -> object:
+def first_process(work: Callable) -> object:
     """Have the first process do something, which may take hours, while the others wait."""
     result = work() if RANK == 0 else None
     if WORLD > 1:
@@ -555,7 +539,7 @@ def how_to_continue(out: Path) -> str:
 
 
 def write_reports(
-    model: TSSAM, rows: list[dict], metric: str, pairs: list[Pair], args: argparse.Namespace
+    model: TSSAM, rows: list[dict], metric: str, pairs: list[Pair], args: Namespace
 ) -> None:
     """Write log.csv, curves.png and samples.png; a failure is only warned of."""
 
@@ -568,28 +552,26 @@ def write_reports(
     try:
         tssam.write_atomically(args.out / "log.csv", save)
         draw_curves(rows, ["loss", metric] if metric in rows[-1] else ["loss"], args.out)
-        draw_predictions(model, pairs[:6], args)
+        samples = read_samples(pairs, args)
+        predictions = evaluate.predict(
+            model, samples, PAPER, args.micro_batch, args.precision, True
+        )
+        shown = [(p.sample.pair.name, p.sample, p.to_save) for p in predictions]
+        evaluate.draw_samples(shown, args.out / "samples.png")
     except InputError as error:
         evaluate.warn(str(error))
 
 
-def draw_data(pairs: list[Pair], args: argparse.Namespace) -> None:
+def draw_data(pairs: list[Pair], args: Namespace) -> None:
     """Draw a few training pairs as the network gets them, to be looked at while it trains."""
-    if RANK == 0:
-        samples = [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs]
-        rows = [(sample.pair.name, sample, None) for sample in samples]
-        evaluate.draw_samples(rows, args.out / "data.png")
-        say(f"look:  {args.out / 'data.png'} shows training pairs as the network gets them")
+    shown = [(sample.pair.name, sample, None) for sample in read_samples(pairs, args)]
+    evaluate.draw_samples(shown, args.out / "data.png")
+    say(f"look:  {args.out / 'data.png'} shows training pairs as the network gets them")
 
 
-def draw_predictions(model: TSSAM, pairs: list[Pair], args: argparse.Namespace) -> None:
-    """Draw what the network predicts of a few images."""
-    samples = [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs]
-    predictions = evaluate.predict(
-        model, samples, PAPER, args.micro_batch, args.precision, save=True
-    )
-    shown = [(p.sample.pair.name, p.sample, p.to_save) for p in predictions]
-    evaluate.draw_samples(shown, args.out / "samples.png")
+def read_samples(pairs: list[Pair], args: Namespace) -> list[Sample]:
+    """The first six pairs."""
+    return [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs[:6]]
 
 
 def draw_curves(rows: list[dict], columns: list[str], out: Path) -> None:
@@ -600,24 +582,23 @@ def draw_curves(rows: list[dict], columns: list[str], out: Path) -> None:
     best = np.argmax(deciding) if columns[-1] == "S" else np.argmin(deciding)
     xs = np.linspace(70, 540, len(rows))
     for i, column in enumerate(columns):
-        values = np.array([row[column] for row in rows])
-        low, high = values.min(), values.max()
+        values = [row[column] for row in rows]
+        low = min(values)
+        high = max(values)
         top = 210 * i + 30
-        ys = top + 140 * (high - values) / ((high - low) or 1)
-        title = f"{column}: {values[best]:.4g} in epoch {best + 1} of {len(rows)}"
-        draw.text((70, top - 20), title, fill="black", font_size=12)
-        draw.rectangle((70, top, 540, top + 140), outline="grey")
-        for level in (high, low):
-            y = top + 140 * (level == low)
-            draw.text((62, y), f"{level:.4g}", fill="black", font_size=12, anchor="rm")
-        for epoch in {1, len(rows)}:
-            draw.text(
-                (xs[epoch - 1], top + 145), str(epoch), fill="black", font_size=12, anchor="mt"
-            )
-        draw.text((305, top + 145), "epoch", fill="black", font_size=12, anchor="mt")
+        bottom = top + 140
+        ys = np.interp(values, (low, high), (bottom, top))
+        draw.rectangle((70, top, 540, bottom), outline="grey")
         draw.line(list(zip(xs, ys, strict=True)), fill="blue")
         draw.circle((xs[best], ys[best]), 3, fill="red")
-    tssam.write_atomically(out / "curves.png", lambda file: sheet.save(file, "PNG"))
+        for x, y, text in (
+            (305, top - 12, f"{column}: {values[best]:.4g} in epoch {best + 1}"),
+            (35, top, f"{high:.4g}"),
+            (35, bottom, f"{low:.4g}"),
+            (305, bottom + 12, f"epochs 1 to {len(rows)}"),
+        ):
+            draw.text((x, y), text, fill="black", font_size=12, anchor="mm")
+    evaluate.save_image(sheet, out / "curves.png")
 
 
 # -------------------------------------------------------------------------------------------------

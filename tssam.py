@@ -488,6 +488,10 @@ class ChunkedAttention(Attention):
 # Files: SAM's published weights, the release's checkpoints, ours
 
 
+AnyPath = str | os.PathLike
+StateDict = Mapping[str, Tensor]
+
+
 class InputError(ValueError):
     """Bad input from the user. One line: what is wrong, which file or flag, what to do."""
 
@@ -513,7 +517,7 @@ def build_tssam(
     sam: str = "vit_h",
     image_size: int = 1024,
     high_freq: bool = False,
-    sam_checkpoint: str | os.PathLike | None = None,
+    sam_checkpoint: AnyPath | None = None,
     csa_blocks: Iterable[int] | None = None,
     mrm_blocks: Iterable[int] | None = None,
 ) -> TSSAM:
@@ -524,7 +528,7 @@ def build_tssam(
     return model
 
 
-def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
+def sam_weights(sam: str, folder: AnyPath = "checkpoints") -> Path:
     """Path of SAM's published weights in `folder`, downloaded if missing (sha256 checked)."""
     if sam not in SAM_FILES:
         raise InputError(
@@ -545,7 +549,7 @@ def sam_weights(sam: str, folder: str | os.PathLike = "checkpoints") -> Path:
     return path
 
 
-def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
+def load_sam(model: TSSAM, path: AnyPath) -> None:
     """Fill the encoder from SAM's published weights, made for images of 1024 x 1024.
 
     For other sizes the position embedding is resampled bicubically with antialiasing (ours), the
@@ -574,7 +578,7 @@ def load_sam(model: TSSAM, path: str | os.PathLike) -> None:
     copy_tensors(state, targets, f"{path}, as SAM's {sam} encoder")
 
 
-def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
+def encoder_name(state: StateDict, path: AnyPath) -> str:
     """The name of the encoder in a file's state dict, found by its width."""
     if "image_encoder.pos_embed" not in state:
         names = ", ".join(list(state)[:3])
@@ -586,61 +590,57 @@ def encoder_name(state: Mapping[str, Tensor], path: str | os.PathLike) -> str:
     raise InputError(f"{path}: its encoder is {width} wide; known are {', '.join(ENCODERS)}")
 
 
-def encoder_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def encoder_part(state: StateDict) -> StateDict:
     """The frozen encoder's tensors in a state dict, under the encoder's own names."""
     prefix = "image_encoder."
     return {n.removeprefix(prefix): t for n, t in state.items() if n.startswith(prefix)}
 
 
-def trained_part(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def trained_part(state: StateDict) -> StateDict:
     """Everything in a state dict but the frozen encoder."""
     return {n: t for n, t in state.items() if not n.startswith("image_encoder.")}
 
 
-# Our names -> the names in the authors' checkpoints, flat state dicts that include SAM's encoder.
+# Our names, and the names in the authors' checkpoints, flat state dicts that include SAM's encoder.
 # The release numbers the scales the other way round: its fpn1 is S/4 (k = 2), its fpn2 S/8 (k = 1).
-RELEASED_NAMES = [
-    (r"^csa_embedding", r"image_encoder.csa_embedding"),
-    (r"^high_freq_embedding", r"image_encoder.fft_embedding.proj"),
-    (r"^csa\.(\d+)\.expand\.0", r"image_encoder.csa_blocks.\1.conv1"),
-    (r"^csa\.(\d+)\.expand\.1", r"image_encoder.csa_blocks.\1.bn1"),
-    (r"^csa\.(\d+)\.compress\.0", r"image_encoder.csa_blocks.\1.conv2"),
-    (r"^csa\.(\d+)\.compress\.1", r"image_encoder.csa_blocks.\1.bn2"),
-    (r"^mrm\.(\d+)\.compress", r"image_encoder.mrm_blocks.\1.conv_in"),
-    (r"^mrm\.(\d+)\.deconv1", r"image_encoder.mrm_blocks.\1.fpn2"),
-    (r"^mrm\.(\d+)\.gate1\.w1", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.0"),
-    (r"^mrm\.(\d+)\.gate1\.w2", r"image_encoder.mrm_blocks.\1.fpn2.3.res_gate.2"),
-    (r"^mrm\.(\d+)\.deconv2", r"image_encoder.mrm_blocks.\1.fpn1"),
-    (r"^mrm\.(\d+)\.gate2\.w1", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.0"),
-    (r"^mrm\.(\d+)\.gate2\.w2", r"image_encoder.mrm_blocks.\1.fpn1.6.res_gate.2"),
-    (r"^ffd\.conv_csa", r"mask_decoder.conv1"),
-    (r"^ffd\.inject1\.conv_mrm", r"mask_decoder.conv2"),
-    (r"^ffd\.inject1\.stage", r"mask_decoder.conv12_"),
-    (r"^ffd\.inject2\.conv_mrm", r"mask_decoder.conv4"),
-    (r"^ffd\.inject2\.stage", r"mask_decoder.conv24_"),
-    (r"^ffd\.head", r"mask_decoder.conv1_1"),
-]
+RELEASED_NAMES = r"""
+^csa_embedding                image_encoder.csa_embedding
+^high_freq_embedding          image_encoder.fft_embedding.proj
+^csa\.(\d+)\.expand\.0        image_encoder.csa_blocks.\1.conv1
+^csa\.(\d+)\.expand\.1        image_encoder.csa_blocks.\1.bn1
+^csa\.(\d+)\.compress\.0      image_encoder.csa_blocks.\1.conv2
+^csa\.(\d+)\.compress\.1      image_encoder.csa_blocks.\1.bn2
+^mrm\.(\d+)\.compress         image_encoder.mrm_blocks.\1.conv_in
+^mrm\.(\d+)\.deconv1          image_encoder.mrm_blocks.\1.fpn2
+^mrm\.(\d+)\.gate1\.w1        image_encoder.mrm_blocks.\1.fpn2.3.res_gate.0
+^mrm\.(\d+)\.gate1\.w2        image_encoder.mrm_blocks.\1.fpn2.3.res_gate.2
+^mrm\.(\d+)\.deconv2          image_encoder.mrm_blocks.\1.fpn1
+^mrm\.(\d+)\.gate2\.w1        image_encoder.mrm_blocks.\1.fpn1.6.res_gate.0
+^mrm\.(\d+)\.gate2\.w2        image_encoder.mrm_blocks.\1.fpn1.6.res_gate.2
+^ffd\.conv_csa               mask_decoder.conv1
+^ffd\.inject1\.conv_mrm      mask_decoder.conv2
+^ffd\.inject1\.stage         mask_decoder.conv12_
+^ffd\.inject2\.conv_mrm      mask_decoder.conv4
+^ffd\.inject2\.stage         mask_decoder.conv24_
+^ffd\.head                   mask_decoder.conv1_1
+"""
 
 
 def released_name(name: str) -> str:
     """The authors' name of one of our tensors: ffd.head.bias -> mask_decoder.conv1_1.bias."""
-    for pattern, replacement in RELEASED_NAMES:
-        name = re.sub(pattern, replacement, name)
+    for line in RELEASED_NAMES.strip().splitlines():
+        name = re.sub(*line.split(), name)
     return name
 
 
-def load_released(
-    model: TSSAM, path_or_state_dict: str | os.PathLike | Mapping[str, Tensor]
-) -> None:
-    """Fill a model, encoder and all, from a checkpoint of the authors' code."""
-    in_memory = isinstance(path_or_state_dict, Mapping)
-    state = path_or_state_dict if in_memory else load_file(path_or_state_dict)
-    where = "released state dict" if in_memory else str(path_or_state_dict)
+def load_released(model: TSSAM, file: AnyPath | StateDict) -> None:
+    """Fill a model, encoder and all, from a checkpoint of the authors' code, or its state dict."""
+    is_path = isinstance(file, AnyPath)
     targets = {released_name(name): tensor for name, tensor in model.state_dict().items()}
-    copy_tensors(state, targets, where)
+    copy_tensors(load_file(file) if is_path else file, targets, file if is_path else "state dict")
 
 
-def fingerprint(encoder: Mapping[str, Tensor]) -> str:
+def fingerprint(encoder: StateDict) -> str:
     """sha256 of an encoder's state dict: a trained part works with no other encoder.
 
     Positions are left out, because their last bits after resampling may differ between machines.
@@ -653,9 +653,7 @@ def fingerprint(encoder: Mapping[str, Tensor]) -> str:
     return digest.hexdigest()
 
 
-def save_checkpoint(
-    path: str | os.PathLike, model: TSSAM, *, task: str, encoder: dict, **info
-) -> None:
+def save_checkpoint(path: AnyPath, model: TSSAM, *, task: str, encoder: dict, **info) -> None:
     """Write a model's trained part, the arguments to rebuild it, and `info`, more plain values.
 
     `encoder` holds the encoder's `fingerprint` as it was loaded, `sam_checkpoint` (the path of
@@ -667,7 +665,7 @@ def save_checkpoint(
     write_atomically(Path(path), lambda file: torch.save(content, file))
 
 
-def read_checkpoint(path: str | os.PathLike) -> dict:
+def read_checkpoint(path: AnyPath) -> dict:
     """What `save_checkpoint` wrote to a file; a released checkpoint is put into the same form."""
     content = load_file(path)
     if {"config", "trained", "task", "encoder"} <= content.keys():
@@ -692,9 +690,7 @@ def read_checkpoint(path: str | os.PathLike) -> dict:
     )
 
 
-def load_checkpoint(
-    path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None
-) -> tuple[TSSAM, dict]:
+def load_checkpoint(path: AnyPath, sam_checkpoint: AnyPath | None = None) -> tuple[TSSAM, dict]:
     """The model of a checkpoint, train.py's or a released one, on the CPU in eval mode; and the rest.
 
     SAM's weights come from `sam_checkpoint`, else from the file used in training if it is still
@@ -702,16 +698,8 @@ def load_checkpoint(
     `task` (of a released checkpoint "shadow" or "sod or cod") and train.py's values.
     """
     content = read_checkpoint(path)
-    model = build_from(content, path, sam_checkpoint)
-    return model.eval(), {n: v for n, v in content.items() if n not in ("trained", "encoder")}
-
-
-def build_from(
-    content: dict, path: str | os.PathLike, sam_checkpoint: str | os.PathLike | None = None
-) -> TSSAM:
-    """The model of what `read_checkpoint` read from `path`."""
     model = TSSAM(**content["config"])
-    encoder = content["encoder"]
+    encoder = content.pop("encoder")
     if sam_checkpoint is None and encoder["weights"] is not None:
         copy_tensors(encoder["weights"], model.image_encoder.state_dict(), f"{path}, its encoder")
     else:
@@ -725,11 +713,11 @@ def build_from(
                 f"{path}: trained on another encoder than {sam_checkpoint}; pass the right file with"
                 " --sam-checkpoint"
             )
-    copy_tensors(content["trained"], trained_part(model.state_dict()), str(path))
-    return model
+    copy_tensors(content.pop("trained"), trained_part(model.state_dict()), path)
+    return model.eval(), content
 
 
-def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
+def load_trained(model: TSSAM, path: AnyPath) -> None:
     """Fill a model's trained part from a checkpoint, train.py's or a released one, of the same encoder.
 
     The image size may differ.
@@ -740,33 +728,21 @@ def load_trained(model: TSSAM, path: str | os.PathLike) -> None:
             f"{path}: trained on another encoder; pass the right file with --sam-checkpoint (a random"
             " encoder: the right --seed)"
         )
-    if content["config"]["high_freq"] != model.config["high_freq"]:
-        raise InputError(
-            f"{path}: trained with --task {content['task']}, which shares no weights with"
-            " this one: shadow checkpoints fit --task shadow alone"
-        )
-    copy_tensors(content["trained"], trained_part(model.state_dict()), str(path))
+    copy_tensors(content["trained"], trained_part(model.state_dict()), path)
 
 
-def load_file(path: str | os.PathLike) -> dict:
+def load_file(path: AnyPath) -> dict:
     """The dict in a file of `torch.save`, on the CPU; only tensors and plain values are unpickled.
 
     Wrappers are taken off: an entry `model` or `state_dict`, the prefix `module.` of names.
     """
-    if not os.path.exists(path):
-        raise InputError(f"{path}: no such file")
-    if os.path.isdir(path):
-        raise InputError(f"{path}: a folder; pass a file in it, such as best.pt")
     try:
         content = torch.load(path, map_location="cpu", weights_only=True)
     except Exception as error:  # broken and foreign files raise anything
-        if str(path).endswith(".safetensors"):
-            text = "a .safetensors file; save its tensors with torch.save"
-        elif "Unsupported global" in str(error):
-            text = "contains Python objects, such as a model saved whole; save its state_dict()"
-        else:
-            text = f"not a checkpoint, or not a whole one; torch.load says {type(error).__name__}"
-        raise InputError(f"{path}: {text}") from error
+        reason = getattr(error, "strerror", None) or type(error).__name__
+        raise InputError(
+            f"{path}: cannot be read as a checkpoint ({reason}); pass a state_dict() saved with torch.save"
+        ) from error
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
@@ -776,20 +752,18 @@ def load_file(path: str | os.PathLike) -> dict:
 
 
 @torch.no_grad()
-def copy_tensors(state: Mapping[str, Tensor], targets: Mapping[str, Tensor], where: str) -> None:
-    """Copy a state dict into the tensors of another.
-
-    All of them, or an error that names the first that are missing, unexpected or mis-shaped.
-    """
-    wrong = [f"{name} is missing" for name in targets if name not in state]
-    wrong += [f"{name} is unexpected" for name in state if name not in targets]
-    for name, target in targets.items():
-        shape = tuple(state.get(name, target).shape)
-        if shape != target.shape:
-            wrong.append(f"{name} is {shape}, not {tuple(target.shape)}")
+def copy_tensors(state: StateDict, targets: StateDict, where: AnyPath) -> None:
+    """Copy a state dict into the tensors of another: all of them, or an error that names some."""
+    given, needed = (
+        {n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, targets)
+    )
+    wrong = [
+        f"{name} is {given.get(name, 'missing')}, not {needed.get(name, 'known')}"
+        for name in needed | given
+        if given.get(name) != needed.get(name)
+    ]
     if wrong:
-        more = f", and {len(wrong) - 3} more" if len(wrong) > 3 else ""
-        raise InputError(f"{where}: {'; '.join(wrong[:3])}{more}")
+        raise InputError(f"{where}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:3])}")
     for name, target in targets.items():
         target.copy_(state[name])
 
@@ -821,42 +795,28 @@ def one_line(error: BaseException) -> str:
 
 
 def summarize(sam: str, size: int = 1024) -> None:
-    """Print the parts of a TSSAM: equations, output for one image, trained parameters, multiply-adds."""
+    """Print the parts of a TSSAM: equations, parameters, and multiply-adds for one image."""
     counter = FlopCounterMode(display=False)
     with torch.device("meta"), torch.no_grad(), counter:  # shapes, not numbers
         model = TSSAM(sam, size).eval()
         model(torch.empty(1, 3, size, size))
-    flops = {name: sum(kinds.values()) for name, kinds in counter.get_flop_counts().items()}
-    flops = {module: flops.get(f"TSSAM.{name}", 0) for name, module in model.named_modules()}
-    encoder = model.image_encoder
-    encoder_parts = [encoder.patch_embed, *encoder.blocks, encoder.neck]  # the taps are outside
-    frozen = sum(p.numel() for p in encoder.parameters())
-    c1 = ENCODERS[sam].csa_width
-    c2 = ENCODERS[sam].mrm_width
-    g = size // PATCH
     print(f"TS-SAM_{sam[-1].upper()}, one image of {size} x {size}")
-    print(
-        f"  {'':<22}{'equations':<11}{'output':<32}{'trained parameters':>18}{'multiply-adds':>15}"
-    )
-    for title, equations, output, modules in (
-        ("embedding of F_csa^0", "", f"{c1} x {g} x {g}", [model.csa_embedding]),
-        (f"{len(model.csa)} CSA", "1-2", f"{c1} x {g} x {g}", model.csa),
-        (
-            f"{len(model.mrm)} MRM",
-            "3-5",
-            f"{c2} x {2 * g} x {2 * g}, {c2} x {4 * g} x {4 * g}",
-            model.mrm,
-        ),
-        ("FFD", "6-10", f"1 x {4 * g} x {4 * g}", [model.ffd]),
-        ("upsampling", "", f"1 x {size} x {size}", []),
-        ("SAM's encoder, frozen", "", f"{frozen:,} parameters", encoder_parts),
+    for title, part, modules in (
+        ("embedding of F_csa^0", "csa_embedding", ""),
+        (f"{len(model.csa)} CSA, Eq. 1-2", "csa", r"\.\d+"),
+        (f"{len(model.mrm)} MRM, Eq. 3-5", "mrm", r"\.\d+"),
+        ("FFD, Eq. 6-10", "ffd", ""),
+        ("SAM's encoder, frozen", "image_encoder", r"\.(patch_embed|blocks\.\d+|neck)"),
     ):
-        trained = sum(p.numel() for m in modules for p in m.parameters() if p.requires_grad)
-        multiply_adds = sum(flops[m] for m in modules) / 2e9
-        print(f"  {title:<22}{equations:<11}{output:<32}{trained:>18,}{multiply_adds:>13.1f} G")
+        parameters = sum(p.numel() for p in getattr(model, part).parameters())
+        flops = 0
+        for name, kinds in counter.get_flop_counts().items():
+            if re.fullmatch(rf"TSSAM\.{part}{modules}", name):
+                flops += sum(kinds.values())
+        print(f"  {title:<22}{parameters:>12,} parameters{flops / 2e9:>8.1f} G multiply-adds")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     total = counter.get_total_flops() / 2e9
-    print(f"  {'total':<33}{f'{frozen + trained:,} parameters':<32}{trained:>18,}{total:>13.1f} G")
+    print(f"  {'together':<22}{trained:>12,} trained   {total:>8.1f} G multiply-adds")
 
 
 if __name__ == "__main__":
