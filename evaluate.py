@@ -959,12 +959,12 @@ def draw_samples(rows: list[tuple[str, Sample, np.ndarray | None]], path: Path) 
     strips = []
     for title, sample, prediction in rows:
         arrays = [a for a in (sample.pixels, sample.mask, prediction) if a is not None]
-        panels = [Image.fromarray(a).convert("RGB").resize((200, 200)) for a in arrays]
+        panels = [Image.fromarray(a).convert("RGB").resize((196, 196)) for a in arrays]
         outline = panels[1].convert("L").filter(ImageFilter.FIND_EDGES)
         panels[0].paste("red", mask=outline)
         text = title.encode("ascii", "replace")
         ImageDraw.Draw(panels[0]).text((4, 4), text, "white", stroke_width=1, stroke_fill="black")
-        strips.append(np.hstack(panels))
+        strips.append(np.hstack([ImageOps.expand(panel, 2, "white") for panel in panels]))
     save_image(Image.fromarray(np.vstack(strips)), path)
 
 
