@@ -850,7 +850,8 @@ def inspect(pair: Pair, size: int | None, is_map: bool) -> list[str]:
     levels = mask.histogram()  # how many pixels have each
     above_0 = sum(levels[1:])
     above_128 = sum(levels[129:])
-    is_lost = size and not foreground(mask, PAPER, size).any()
+    is_smaller = size and size < max(mask.size)
+    is_lost = is_smaller and not foreground(mask, PAPER, size).any()
     is_deep = image.mode[0] == "I" or (image.mode == "F" and not is_map)
     is_turned = orientation(image) != 1 or orientation(mask_file) != 1
     is_coloured = not is_grey(mask_file) or (is_map and not is_grey(image))

@@ -333,7 +333,7 @@ def parse_arguments() -> tuple[Namespace, dict]:
         args.data = [str(args.out / "DUTS")]
     if args.data is None:
         raise InputError(
-            "--data: pass the dataset to train on, or the run to --resume, or try --demo"
+            "--data: pass the dataset to train on, or with --out the run to --resume, or try --demo"
         )
     if args.resume and not stored:
         say(f"resume: {args.out} has no last.pt; a new run starts")
