@@ -200,7 +200,7 @@ Image.MAX_IMAGE_PIXELS = None  # a user's own large photograph is no attack
 class Pair(NamedTuple):
     """An image (or a saved map) and its mask."""
 
-    name: str  # path below the dataset's folder, without extension
+    name: str  # path below the folder of images, without extension
     image: Path
     mask: Path | None
 
@@ -555,9 +555,27 @@ def prepare_save(save: Path, datasets: list["ImageSet"]) -> None:
 # Datasets: two folders said outright, or known by their names
 
 DATA_HELP = "datasets: folders in a known layout, or IMAGES,MASKS (folders, or patterns of files)"
-UNREADABLE = {"BUFR", "EMF", "GRIB", "HDF5", "MPEG", "WMF"}  # Pillow only recognises these formats
-FORMATS = Image.registered_extensions()
-EXTENSIONS = {end for end, kind in FORMATS.items() if kind in Image.OPEN.keys() - UNREADABLE}
+EXTENSIONS = [
+    ".avif",
+    ".bmp",
+    ".gif",
+    ".j2k",
+    ".jfif",
+    ".jp2",
+    ".jpe",
+    ".jpeg",
+    ".jpg",
+    ".mpo",
+    ".pbm",
+    ".pgm",
+    ".png",
+    ".pnm",
+    ".ppm",
+    ".tga",
+    ".tif",
+    ".tiff",
+    ".webp",
+]
 
 # Folder names of the datasets as people download them, see `matches`. ISTD's train_c, the image
 # without its shadow, is no mask.
@@ -726,13 +744,15 @@ def files_below(folder: Path) -> Iterator[Path]:
             yield entry
 
 
-def image_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, Path]:
-    """The image files in a folder and below it, or among `files`, by their names.
+Files = dict[str, Path]  # by their names: paths below a folder, without extension
 
-    A name is the path below the folder, without extension, and with accents in one form: macOS
-    writes them as characters of their own.
+
+def image_files(folder: Path, files: Iterable[Path] | None = None) -> Files:
+    """The image files in a folder and below it, or among `files`.
+
+    Names have accents in one form: macOS writes them as characters of their own.
     """
-    named: dict[str, Path] = {}
+    named: Files = {}
     others = []
     for file in files_below(folder) if files is None else files:
         path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
@@ -752,7 +772,7 @@ def image_files(folder: Path, files: Iterable[Path] | None = None) -> dict[str, 
             f"{folder}: contains no image files, but {len(others)} others{such}; {POLYGONS}"
         )
     if others:
-        warn(f"{folder}: skipped {len(others)} files whose extensions Pillow does not know{such}")
+        warn(f"{folder}: skipped {len(others)} files that are no images{such}")
     return named
 
 
@@ -778,7 +798,7 @@ def pair_files(
     return [Pair(name, images[name], mask) for name, mask in zip(images, masks, strict=True)]
 
 
-def match(images: dict[str, Path], others: dict[str, Path], more: bool = False) -> list[Path]:
+def match(images: Files, others: Files, more: bool = False) -> list[Path]:
     """Each image's mask (or map) by its name, else by its name without shared words.
 
     With `more`, there may be masks of other images.
@@ -798,7 +818,7 @@ def match(images: dict[str, Path], others: dict[str, Path], more: bool = False) 
     )
 
 
-def without_shared_words(files: dict[str, Path]) -> dict[str, Path]:
+def without_shared_words(files: Files) -> Files:
     """Files by their names without the words that all begin or end with: a_1_mask, a_2_mask -> 1, 2.
 
     Words are divided by -, _, . or a blank. Names that would then be the same stay as they are.

@@ -555,15 +555,7 @@ def load_sam(model: TSSAM, path: AnyPath) -> None:
     For other sizes the position embedding is resampled bicubically with antialiasing (ours), the
     relative positions of the global blocks linearly, as SAM's `get_rel_pos` does at run time.
     """
-    content = load_file(path)
-    sam = encoder_name(content, path)
-    wanted = model.config["sam"]
-    if sam != wanted:
-        raise InputError(
-            f"{path}: contains the {sam} encoder, not {wanted}; pass --sam {sam} or another"
-            " --sam-checkpoint"
-        )
-    state = encoder_part(content)
+    state = encoder_part(load_file(path))
     targets = model.image_encoder.state_dict()
     for name in state.keys() & targets.keys():
         given = state[name]
@@ -575,19 +567,7 @@ def load_sam(model: TSSAM, path: AnyPath) -> None:
         elif "rel_pos" in name and len(given) != len(target):
             table = F.interpolate(given.T[None].float(), len(target), mode="linear")
             state[name] = table[0].T
-    copy_tensors(state, targets, f"{path}, as SAM's {sam} encoder")
-
-
-def encoder_name(state: StateDict, path: AnyPath) -> str:
-    """The name of the encoder in a file's state dict, found by its width."""
-    if "image_encoder.pos_embed" not in state:
-        names = ", ".join(list(state)[:3])
-        raise InputError(f"{path}: contains no SAM encoder; its tensors are {names}, ...")
-    width = state["image_encoder.pos_embed"].shape[-1]
-    for sam, spec in ENCODERS.items():
-        if spec.width == width:
-            return sam
-    raise InputError(f"{path}: its encoder is {width} wide; known are {', '.join(ENCODERS)}")
+    copy_tensors(state, targets, f"{path}, as the encoder of --sam {model.config['sam']}")
 
 
 def encoder_part(state: StateDict) -> StateDict:
@@ -676,8 +656,9 @@ def read_checkpoint(path: AnyPath) -> dict:
             f" alone with --sam-checkpoint); it contains {', '.join(list(content)[:3])}, ..."
         )
     high_freq = "image_encoder.fft_embedding.proj.weight" in content
-    config = dict(sam=encoder_name(content, path), high_freq=high_freq)
-    config["image_size"] = content["image_encoder.pos_embed"].shape[1] * PATCH
+    _, grid, _, width = content["image_encoder.pos_embed"].shape
+    sam = next((name for name, spec in ENCODERS.items() if spec.width == width), f"{width} wide")
+    config = dict(sam=sam, image_size=grid * PATCH, high_freq=high_freq)
     with torch.device("meta"):  # for its names alone
         our_names = {released_name(name): name for name in TSSAM(**config).state_dict()}
     state = {our_names.get(name, name): tensor for name, tensor in content.items()}
