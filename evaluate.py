@@ -769,7 +769,7 @@ def image_files(folder: Path, files: Iterable[Path] | None = None) -> Files:
     such = "".join(f", such as {file.name}" for file in others[:1])
     if not named:
         raise InputError(
-            f"{folder}: contains no image files, but {len(others)} others{such}; {POLYGONS}"
+            f"{folder}: no image files there, but {len(others)} others{such}; {POLYGONS}"
         )
     if others:
         warn(f"{folder}: skipped {len(others)} files that are no images{such}")
