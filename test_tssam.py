@@ -1010,19 +1010,25 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
     assert found_in(tmp_path / "deep")
 
 
-def test_images_alone(tmp_path, capsys):
+def test_images_alone(tmp_path, monkeypatch, capsys):
     folder = tmp_path / "photos"
     make_pairs(tmp_path, "photos + elsewhere")
     Image.new("RGB", (9, 9)).save(folder / "c.tif")
     (folder / "d.heic").touch()
     (folder / "d.mpg").touch()
     files = sorted(folder.iterdir())
-    (folder / "e.png").mkdir()
+    for name in ("e.png", "lost+found"):
+        (folder / name).mkdir()
+    refuse = lambda folder: folder.name == "lost+found" and fail_with(PermissionError())  # noqa: E731
+    watched(monkeypatch, Path, "iterdir", refuse)
     warning = "photos: skipped 2 files whose extensions Pillow does not know, such as d.heic"
     for roots in ([folder], files):  # a folder, or photos/*
         evaluate.warn.cache_clear()
         (s,) = evaluate.find_sets(roots, evaluate.TEST, need_masks=False)
-        assert s.name == "photos" and warning in capsys.readouterr().err
+        err = capsys.readouterr().err
+        assert s.name == "photos" and warning in err
+        unlisted = "lost+found: skipped, because it cannot be listed" in err
+        assert unlisted == (roots == [folder])
         names = ("a.jpg", "b.jpg", "c.tif")
         assert [pair[1:] for pair in s.pairs] == [(folder / name, None) for name in names]
     with refused("d.heic is no image, and neither is any other"):
@@ -2415,9 +2421,31 @@ def test_the_demos_dataset(tmp_path):
 # Processes
 
 
-def test_the_first_process_works_while_the_others_wait(monkeypatch):
-    events = []
-    monkeypatch.setattr(torch.distributed, "barrier", lambda group: events.append(group))
+def test_processes_join_and_the_first_works_while_the_others_wait(monkeypatch):
+    for variables, expected in cases("""
+                                                            | 1 0 1 0
+        WORLD_SIZE=4                                        | 1 0 1 0
+        RANK=0 WORLD_SIZE=1 LOCAL_RANK=0                    | 1 0 1 0
+        RANK= WORLD_SIZE=                                   | 1 0 1 0
+        RANK=2                                              | 1 0 1 0
+        RANK=7 WORLD_SIZE=8 LOCAL_RANK=3 LOCAL_WORLD_SIZE=4 | 8 7 4 3
+        RANK=0 WORLD_SIZE=2                                 | 2 0 1 0
+        RANK=1 WORLD_SIZE=2 LOCAL_RANK=                     | 2 1 1 0
+    """):
+        environment = dict(variable.split("=") for variable in variables.split())
+        assert evaluate.launched_as(environment) == tuple(map(int, expected.split())), variables
+    dist, events = torch.distributed, []
+    monkeypatch.setattr(dist, "init_process_group", lambda *to, **how: events.append((*to, how)))
+    monkeypatch.setattr(dist, "rendezvous", lambda method: iter([("store", 1, 4)]))
+    monkeypatch.setattr(dist, "PrefixStore", lambda *prefixed: prefixed)
+    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
+    for device, nccl, backend in (("cuda:1", 1, "nccl"), ("cuda:1", 0, "gloo"), ("cpu", 1, "gloo")):
+        monkeypatch.setattr(dist, "is_nccl_available", lambda nccl=nccl: nccl)
+        train.start_processes(device)
+        how = dict(store=("2", "store"), rank=1, world_size=4)  # and default timeouts
+        how["device_id"] = torch.device("cuda:1") if backend == "nccl" else None
+        assert events.pop() == (backend, how)
+    monkeypatch.setattr(dist, "barrier", events.append)
     monkeypatch.setattr(train, "patient_group", lambda: "barrier")
     for world, rank, expected in ((1, 0, "work"), (2, 0, "work barrier"), (2, 1, "barrier")):
         monkeypatch.setattr(train, "WORLD", world)
@@ -2427,30 +2455,32 @@ def test_the_first_process_works_while_the_others_wait(monkeypatch):
         assert events == expected.split()
 
 
+def test_workers_are_shared_by_the_processes_of_a_machine(options, monkeypatch):
+    for cores, processes, expected in ((64, 1, 8), (64, 4, 8), (16, 4, 4), (2, 1, 2), (2, 4, 0)):
+        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
+        monkeypatch.setattr(evaluate, "LOCAL_WORLD", processes)
+        assert options(train, "--data data --device cpu")["workers"] == expected
+        assert options(train, "--data data --device cpu --workers 5")["workers"] == 5
+
+
 def test_what_each_part_costs(capsys):
     """One multiply-add of a 1x1 convolution for each weight and pixel, one of a deconvolution too."""
     tssam.summarize("vit_b", 256)
-    title, *table = capsys.readouterr().out.splitlines()
-    assert title == "TS-SAM_B, one image of 256 x 256"
-    lines = {line[:24].strip(): line.split() for line in table}
-    pixels = 16 * 16
-    csa = 2 * (13 * 768 * 256 + 256 * 256) * pixels
-    f, c = 128, 256
+    table = capsys.readouterr().out
+    pixels, c, f = 16 * 16, 256, 128
     ffd = 9 * f * (c * pixels + 4 * f * pixels + 2 * f * pixels + 2 * f * 4 * pixels)
     ffd += 9 * f * (16 * f * pixels + 2 * f * 4 * pixels + 2 * f * 16 * pixels) + f * 16 * pixels
-    for name, trained, multiply_adds in (
-        ("14 CSA", "5,284,352", csa),
-        ("FFD", "1,771,393", ffd),
-        ("embedding of F_csa^0", "196,864", 768 * 256 * pixels),
+    for line, multiply_adds in (
+        (r"  14 CSA .* 5,284,352", 2 * (13 * 768 * c + c * c) * pixels),
+        (r"  FFD .* 1,771,393", ffd),
+        (r"  embedding of F_csa\^0 .* 196,864", 768 * c * pixels),
     ):
-        *_, parameters, billions, unit = lines[next(k for k in lines if k.startswith(name))]
-        assert (parameters, billions, unit) == (trained, f"{multiply_adds / 1e9:.1f}", "G")
-    total = lines["total"]
-    assert total[-3] == "11,892,865"
-    mrm = lines[next(key for key in lines if key.startswith("13 MRM"))]
-    assert " ".join(mrm[3:-3]) == "128 x 32 x 32, 128 x 64 x 64"
-    billions = [float(line[-2]) for line in lines.values() if line[-1] == "G"]
-    assert sum(billions[:-1]) == pytest.approx(billions[-1], abs=0.3)
+        assert re.search(rf"^{line} +{multiply_adds / 1e9:.1f} G$", table, re.M), table
+    assert table.startswith("TS-SAM_B, one image of 256 x 256\n")
+    assert re.search("^  total .* 11,892,865 ", table, re.M)
+    assert re.search("^  13 MRM +3-5 +128 x 32 x 32, 128 x 64 x 64  ", table, re.M)
+    *billions, total = map(float, re.findall(r" ([\d.]+) G$", table, re.M))
+    assert sum(billions) == pytest.approx(total, abs=0.3)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2461,11 +2491,7 @@ def test_what_each_part_costs(capsys):
 def test_chunks_on_a_gpu(monkeypatch, sam, calls):
     """At most 2**28 scores at once, over heads and images; windows whole."""
     spec, seen = tssam.ENCODERS[sam], []
-
-    def attend(q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, attn_mask: torch.Tensor):
-        seen.append(attn_mask.numel())
-        return torch.empty_like(q)
-
+    attend = lambda q, k, v, attn_mask: (seen.append(attn_mask.numel()), torch.empty_like(q))[1]  # noqa: E731
     monkeypatch.setattr(F, "scaled_dot_product_attention", attend)
     for batch, expected in zip((1, 2, 8), calls.split(), strict=True):
         seen.clear()
@@ -2479,10 +2505,6 @@ def test_chunks_on_a_gpu(monkeypatch, sam, calls):
         assert len(seen) == int(expected) and max(seen) <= 2**28
 
 
-def test_numerics_are_the_same_on_every_card():  # set where evaluate is imported
-    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.cudnn_sdp_enabled()
-
-
 def test_the_ffd_concatenates_in_the_precision_of_autocast():
     model, seen = tiny(), []
     for inject in (model.ffd.inject1, model.ffd.inject2):
@@ -2493,115 +2515,58 @@ def test_the_ffd_concatenates_in_the_precision_of_autocast():
     assert seen == [torch.bfloat16] * 2 + [torch.float64] * 2
 
 
-def test_nothing_waits_for_a_copy_to_the_gpu(monkeypatch):
+def test_numerics_copies_and_memory(monkeypatch):
+    # The same on every card, set where evaluate is imported.
+    assert not torch.backends.cudnn.allow_tf32 and not torch.backends.cuda.cudnn_sdp_enabled()
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
+    assert evaluate.peak_memory("cuda:1") == 3  # MB
     steps = []
     monkeypatch.setattr(torch.Tensor, "pin_memory", lambda t: (steps.append("pin"), t)[1])
     monkeypatch.setattr(torch.Tensor, "to", lambda t, *to, **how: (steps.append((to, how)), t)[1])
     evaluate.to_device(np.zeros(3), "cuda:1")
-    assert steps == ["pin", (("cuda:1",), {"non_blocking": True})]
-    steps.clear()
+    assert steps == ["pin", (("cuda:1",), {"non_blocking": True})]  # nothing waits for the copy
     evaluate.to_device(np.zeros(3), "cpu")
-    assert "pin" not in steps
+    assert "pin" not in steps[2:]
 
 
-def test_peak_memory_is_in_mb(monkeypatch):
-    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 3 * 2**20)
-    assert evaluate.peak_memory("cuda:1") == 3
-
-
-@pytest.mark.parametrize("bad", [1, 2])
-def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run, monkeypatch, bad):
+@pytest.mark.parametrize("factors", [(math.nan, 1), (1, math.nan)])
+def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run, monkeypatch, factors):
     """It is looked at one step late, the last one after the epoch."""
-    loss_of, seen = train.bce_iou, []
-
-    def loss(logits: torch.Tensor, masks: torch.Tensor) -> torch.Tensor:
-        seen.append(1)
-        return loss_of(logits, masks) * (math.nan if len(seen) == bad else 1)
-
-    monkeypatch.setattr(train, "bce_iou", loss)
+    loss_of, left = train.bce_iou, [*factors]
+    monkeypatch.setattr(train, "bce_iou", lambda *batch: loss_of(*batch) * left.pop())
     message = "epoch 1: the loss became nan or infinite; nothing is"
     run(train, f"{SMALL} --epochs 1 --out run").refuses(message)
-    assert len(seen) == 2 and not Path("run/last.pt").exists()
+    assert not left and not Path("run/last.pt").exists()
 
 
-LAUNCHERS = """
-                                                      | 1 0 1 0
-WORLD_SIZE=4                                          | 1 0 1 0
-RANK=0 WORLD_SIZE=1 LOCAL_RANK=0                      | 1 0 1 0
-RANK= WORLD_SIZE=                                     | 1 0 1 0
-RANK=2                                                | 1 0 1 0
-RANK=7 WORLD_SIZE=8 LOCAL_RANK=3 LOCAL_WORLD_SIZE=4   | 8 7 4 3
-RANK=0 WORLD_SIZE=2                                   | 2 0 1 0
-RANK=1 WORLD_SIZE=2 LOCAL_RANK=                       | 2 1 1 0
-"""
-
-
-@pytest.mark.parametrize("variables, expected", cases(LAUNCHERS))
-def test_launchers(variables, expected):
-    environment = dict(variable.split("=") for variable in variables.split())
-    assert evaluate.launched_as(environment) == tuple(map(int, expected.split()))
-
-
-DEVICES = """  --device, processes of this machine, local rank, GPUs | device that is used, or the error
-None   1 0 0 | cpu
-None   1 0 1 | cuda
-cuda   1 0 4 | cuda
-cuda:1 1 0 4 | cuda:1
-cuda   4 3 4 | cuda:3
-None   4 3 4 | cuda:3
-cuda   4 3 1 | cuda:0
-cpu    4 3 4 | cpu
-cuda:1 4 3 4 | --device: each process takes a GPU of its own; leave out cuda:1
-"""
-
-
-@pytest.mark.parametrize("machine, expected", cases(DEVICES)[1:])
-def test_which_device_is_used(monkeypatch, capsys, machine, expected):
-    device, world, rank, gpus = machine.split()
+def test_which_device_is_used(monkeypatch, capsys):
     used = []
-    monkeypatch.setattr(evaluate, "WORLD", int(world))
-    monkeypatch.setattr(evaluate, "LOCAL_RANK", int(rank))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpus != "0")
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: int(gpus))
     monkeypatch.setattr(torch.cuda, "set_device", used.append)
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr(torch, "zeros", lambda *_, device: (used.append(device), torch.empty(1))[1])
-    args = argparse.Namespace(device=None if device == "None" else device)
-    evaluate.warn.cache_clear()
-    if expected.startswith("--device"):
-        with refused(expected):
-            evaluate.check_device(args)
-        return
-    evaluate.check_device(args)
-    assert args.device == expected and set(used) == {expected}
-    assert used.count(expected) == (2 if ":" in expected else 1)  # set, and tried
-    warning = "finds no GPU, or a driver too old for CUDA 13.0: running on the CPU"
-    assert (warning in capsys.readouterr().err) == (machine.split() == ["None", "1", "0", "0"])
-
-
-def test_workers_are_shared_by_the_processes_of_a_machine(options, monkeypatch):
-    for cores, processes, expected in ((64, 1, 8), (64, 4, 8), (16, 4, 4), (2, 1, 2), (2, 4, 0)):
-        monkeypatch.setattr(os, "cpu_count", lambda cores=cores: cores)
-        monkeypatch.setattr(evaluate, "LOCAL_WORLD", processes)
-        assert options(train, "--data data --device cpu")["workers"] == expected
-        assert options(train, "--data data --device cpu --workers 5")["workers"] == 5
-
-
-@pytest.mark.parametrize("nccl", [True, False])
-def test_processes_join(monkeypatch, nccl):
-    joined = []
-    monkeypatch.setattr(torch.distributed, "is_nccl_available", lambda: nccl)
-    join = lambda backend, **how: joined.append((backend, how))  # noqa: E731
-    monkeypatch.setattr(torch.distributed, "init_process_group", join)
-    monkeypatch.setattr(torch.distributed, "rendezvous", lambda method: iter([("store", 1, 4)]))
-    prefixed = lambda prefix, store: f"{store} of restart {prefix}"  # noqa: E731
-    monkeypatch.setattr(torch.distributed, "PrefixStore", prefixed)
-    monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "2")
-    train.start_processes("cuda:1")
-    train.start_processes("cpu")
-    gpu = ("nccl", torch.device("cuda:1")) if nccl else ("gloo", None)
-    how = dict(store="store of restart 2", rank=1, world_size=4)  # and default timeouts
-    assert joined == [(b, {**how, "device_id": d}) for b, d in (gpu, ("gloo", None))]
+    for device, processes, rank, gpus, expected in cases("""
+               | 1 | 0 | 0 | cpu
+               | 1 | 0 | 1 | cuda
+        cuda   | 1 | 0 | 4 | cuda
+        cuda:1 | 1 | 0 | 4 | cuda:1
+        cuda   | 4 | 3 | 4 | cuda:3
+               | 4 | 3 | 4 | cuda:3
+        cuda   | 4 | 3 | 1 | cuda:0
+        cpu    | 4 | 3 | 4 | cpu
+    """):
+        monkeypatch.setattr(evaluate, "WORLD", int(processes))
+        monkeypatch.setattr(evaluate, "LOCAL_RANK", int(rank))
+        monkeypatch.setattr(torch.cuda, "is_available", lambda gpus=gpus: gpus != "0")
+        monkeypatch.setattr(torch.cuda, "device_count", lambda gpus=gpus: int(gpus))
+        args = argparse.Namespace(device=device or None)
+        evaluate.warn.cache_clear()
+        used.clear()
+        evaluate.check_device(args)
+        assert args.device == expected and used == [expected] * (2 if ":" in expected else 1)
+        warning = "finds no GPU, or a driver too old for CUDA 13.0: running on the CPU"
+        assert (warning in capsys.readouterr().err) == (gpus == "0")
+    with refused("--device: each process takes a GPU of its own; leave out cuda:1"):
+        evaluate.check_device(argparse.Namespace(device="cuda:1"))
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2634,104 +2599,78 @@ a-1.png a_1.png b_2.png                          | m_a-1.png m_a_1.png m_b_2.png
 @pytest.mark.parametrize("image_names, mask_names, told", cases(PAIRED))
 def test_two_folders_said_outright(tmp_path, image_names, mask_names, told):
     """Paired by path and name, else by names without the words that all of a side share."""
-    folders = tmp_path / "Bilder", tmp_path / "mes masques"
-    split = re.compile(r"(?<=\.\w{3}) ").split
-    images = [folders[0] / name for name in split(image_names)]
-    masks = [folders[1] / name for name in split(mask_names)]
+    folders, split = (
+        (tmp_path / "Bilder", tmp_path / "mes masques"),
+        re.compile(r"(?<=\.\w{3}) ").split,
+    )
+    images, masks = (
+        [f / n for n in split(s)] for f, s in zip(folders, (image_names, mask_names), strict=True)
+    )
     for file in images + masks:
         file.parent.mkdir(parents=True, exist_ok=True)
         Image.new("L", (8, 8)).save(file)
     root = "{},{}".format(*folders)
     if not told:
         with refused("images without a partner: .* names must agree but for"):
-            evaluate.find_sets([root], evaluate.TRAIN)
+            found_in(root, evaluate.TRAIN)
         return
     for splits in (evaluate.TRAIN, evaluate.VALIDATION, evaluate.TEST):
-        (s,) = evaluate.find_sets([root], splits)
+        s = found_in(root, splits)
         assert (s.name, s.folder, s.split) == (tmp_path.name, root, None)
         assert [pair[1:] for pair in s.pairs] == sorted(zip(images, masks, strict=True))
 
 
 def test_two_folders_in_both_scripts(here, run):
+    """Patterns tell images and masks in one folder apart."""
     make_pairs(here / "a,b[1]", "photos + masques", "pqrstuvwxyz")
     make_pairs(here / "c", "x + y")
-    flags = "--data a,b[1]/photos,a,b[1]/masques c/x,c/y --val c/x,c/y --epochs 1 --out run"
+    make_pairs(here, "one + one", "abc", ending="_mask")
+    one = "one/*.jpg,one/*_mask.png"
+    flags = f"--data a,b[1]/photos,a,b[1]/masques {one} --val c/x,c/y --epochs 1 --out run"
     ended = run(train, f"{TINY} {flags}")
-    assert (
-        "train: a,b[1]: 11 images in a,b[1]/photos, masks in a,b[1]/masques, no splits" in ended.out
-    )
-    assert "val:   c: 2 images in c/x, masks in c/y, no splits" in ended.out
-    assert load("run/last.pt")["val"] == [f"{here}/c/x,{here}/c/y"]
-    assert run(train, "--resume run --workers 0 --device cpu").code == 0
+    ended.says("train: a,b[1]: 11 images in a,b[1]/photos, masks in a,b[1]/masques, no splits")
+    ended.says("train: one: 3 images in one, masks in one, no splits")
+    ended.says("val:   c: 2 images in c/x, masks in c/y, no splits")
+    last = load("run/last.pt")
+    assert last["val"] == [f"{here}/c/x,{here}/c/y"]
+    assert last["run"]["data"][1] == f"{here}/one/*.jpg,{here}/one/*_mask.png"
+    run(train, "--resume run --workers 0 --device cpu").says()
     for flags in ("", "--data c/x,c/y --save maps"):
         ended = run(evaluate, f"--ckpt run {flags} --workers 0 --device cpu")
         ended.says("run/best.pt: sod, tiny, epoch 1")
-    assert run(evaluate, "--maps maps --data c/x,c/y --workers 0 --device cpu").code == 0
+    run(evaluate, f"{MAPS} --data c/x,c/y").says()
     Path("run/best.pt").unlink()
-    assert "run/last.pt: sod" in run(evaluate, "--ckpt run --workers 0 --device cpu").out
-
-
-def test_save_never_overwrites_what_is_read(score):
-    """The folder above the photographs, or above the maps of another method."""
-    Path("clean/photos").mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save("clean/photos/a.png")
-    content = Path("clean/photos/a.png").read_bytes()
-    for data in ("clean/photos", "clean/photos/a.png", "clean/photos/../photos"):
-        ended = score(f"{CKPT} --data {data} --save clean")
-        assert ended.code == 2, ended.out
-        assert "clean/photos/a.png is none of these datasets' maps" in ended.err
-    assert Path("clean/photos/a.png").read_bytes() == content
-    Path("new").mkdir()
-    for _ in range(2):  # beside a table, and once more
-        assert score(f"{CKPT} --data ECSSD --save new --csv new/table.csv").code == 0
+    run(evaluate, "--ckpt run --workers 0 --device cpu").says("run/last.pt: sod")
+    message = "one,one: images and masks are the same; name patterns"
+    run(train, f"{TINY} --data one,one --epochs 1 --out other").refuses(message)
 
 
 def test_a_run_moves_to_another_machine(here, run):
     """Its rows have a GPU's peak memory; SAM's file and the data are elsewhere."""
     sam_file(here / "sam.pth", 64)
-    flags = f"{SMALL} --sam-checkpoint sam.pth --epochs 2 --out run"
-    assert run(train, flags).code == 0
-    last = torch.load("run/last.pt", weights_only=True)
+    run(train, f"{SMALL} --sam-checkpoint sam.pth --epochs 2 --out run").says()
+    last = load("run/last.pt")
     last["rows"] = [last["rows"][0] | {"peak_MB": 5.0}]
     torch.save(last, "run/last.pt")
     Path("data").rename("moved")
-    (here / "sam.pth").rename(here / "other.pth")
-    ended = run(train, "--resume run --workers 0 --device cpu")
-    assert ended.code == 2 and "data: no such file or folder; pass the dataset" in ended.err
-    ended = run(
-        train, "--resume run --data moved --sam-checkpoint other.pth --workers 0 --device cpu"
-    )
-    assert ended.code == 0 and "val:   moved: 3 images in moved/test/Imgs" in ended.out, ended.err
+    Path("sam.pth").rename("other.pth")
+    resume = "--resume run --workers 0 --device cpu"
+    run(train, resume).refuses("data: no such file or folder; pass the dataset")
+    ended = run(train, f"{resume} --data moved --sam-checkpoint other.pth")
+    ended.says("val:   moved: 3 images in moved/test/Imgs")
     assert [row["peak_MB"] for row in read_rows("run/log.csv")] == ["5.0", ""]
-    last = torch.load("run/last.pt", weights_only=True)
+    last = load("run/last.pt")
     assert last["encoder"]["sam_checkpoint"] == str(here / "other.pth")
     assert last["run"]["data"] == [str(here / "moved")]
 
 
-def test_images_and_masks_in_one_folder(here, run):
-    """Patterns tell them apart."""
-    for _, image, mask in make_pairs(here / "one", "x + y", "abc"):
-        image.rename(here / "one" / f"{image.stem}_sat.jpg")
-        mask.rename(here / "one" / f"{mask.stem}_mask.png")
-    ended = run(train, f"{TINY} --data one/*_sat.jpg,one/*_mask.png --epochs 1 --out run")
-    assert ended.code == 0 and "train: one: 3 images in one, masks in one, no splits" in ended.out
-    assert torch.load("run/last.pt", weights_only=True)["run"]["data"] == [
-        f"{here}/one/*_sat.jpg,{here}/one/*_mask.png"
-    ]
-    ended = run(train, f"{TINY} --data one,one --epochs 1 --out other")
-    assert ended.code == 2 and "one,one: images and masks are the same; name patterns" in ended.err
-
-
-def test_a_test_split_without_masks_is_not_validated_on(here, run):
+def test_what_is_validated_on(here, run):
+    """No test split without masks; a part that is held out."""
     make_pairs(here / "half", "train/images + train/masks", "abcd")
     make_pairs(here / "half", "test/images + elsewhere")
-    ended = run(train, f"{TINY} --data half --epochs 1 --out run")
-    assert ended.code == 0 and "val:   none" in ended.out, ended.err
-    ended = run(train, f"{TINY} --data half --val half/test --epochs 1 --out other")
-    assert ended.code == 2 and "half/test: no images beside masks for the val split" in ended.err
-
-
-def test_a_part_is_held_out(here, run):
+    run(train, f"{TINY} --data half --epochs 1 --out run").says("val:   none")
+    message = "half/test: no images beside masks for the val split"
+    run(train, f"{TINY} --data half --val half/test --epochs 1 --out other").refuses(message)
     make_pairs(here / "own", "images + masks", "abcdefghij")
     for seed in (0, 1):
         flags = f"{TINY} --data own --val 0.3 --seed {seed} --epochs 1 --out {seed}"
@@ -2740,7 +2679,7 @@ def test_a_part_is_held_out(here, run):
     whole, other = (load(f"{seed}/last.pt") for seed in (0, 1))
     assert whole["run"]["training_images"].startswith("7 (") and "S" in whole["rows"][0]
     assert whole["run"]["validation_images"] != other["run"]["validation_images"]
-    assert run(train, "--resume 0 --workers 0 --device cpu").code == 0
+    run(train, "--resume 0 --workers 0 --device cpu").says()
     message = "trained without a validation set, or with a fraction held out; pass datasets"
     run(evaluate, "--ckpt 0 --workers 0 --device cpu").refuses(message)
     for part in ("2", "1.5"):
@@ -2753,24 +2692,21 @@ def test_what_an_unknown_layout_proposes(here, run):
     command = "name both folders, as in --data CVC/Photos,CVC/nested/Truth"
     assert ended.code == 2 and ended.err.endswith(f"{command}\n") and len(ended.err) < 160
     Path("CVC/nested").rename("CVC/my nested")
-    assert "--data 'CVC/Photos,CVC/my nested/Truth'" in run(train, f"{TINY} --data CVC").err
+    run(train, f"{TINY} --data CVC").refuses("--data 'CVC/Photos,CVC/my nested/Truth'")
     shutil.rmtree("CVC/my nested")
-    assert "as in --data IMAGES,MASKS" in run(train, f"{TINY} --data CVC").err
+    run(train, f"{TINY} --data CVC").refuses("as in --data IMAGES,MASKS")
     # Of two splits with the same names the pairs of one; nothing that mixes images and masks.
     for split in ("a", "b"):
         make_pairs(here / "two", f"{split}/Bilder + {split}/Masken", "abc")
-    assert "--data two/b/Bilder,two/b/Masken" in run(train, f"{TINY} --data two").err
+    run(train, f"{TINY} --data two").refuses("--data two/b/Bilder,two/b/Masken")
     Path("CVC/a.json").touch()
-    assert "a.json: polygons or boxes, not masks; draw" in run(train, f"{TINY} --data CVC").err
-    Path("CVC/a.json").unlink()
-    Path("CVC/labels").mkdir()
-    for ending in ("json", "xml", "txt"):
+    run(train, f"{TINY} --data CVC").refuses("a.json: polygons or boxes, not masks; draw")
+    for kind in ("json", "xml", "txt"):
+        Path(kind).mkdir()
         for stem in "abc":
-            Path(f"CVC/labels/{stem}.{ending}").touch()
-        ended = run(train, f"{TINY} --data CVC/Photos,CVC/labels")
-        assert f"CVC/labels/a.{ending}: polygons or boxes, not masks; draw them" in ended.err
-        shutil.rmtree("CVC/labels")
-        Path("CVC/labels").mkdir()
+            Path(f"{kind}/{stem}.{kind}").touch()
+        message = f"{kind}/a.{kind}: polygons or boxes, not masks; draw them"
+        run(train, f"{TINY} --data CVC/Photos,{kind}").refuses(message)
 
 
 def test_photographs(score):
@@ -2779,49 +2715,47 @@ def test_photographs(score):
     make_pairs(Path("photos"), "2023/May + ../elsewhere", "a")
     Path("photos/aa.jpg").write_bytes(Path("photos/a.jpg").read_bytes()[:-500])
     ended = score(f"{CKPT} --data photos --save maps")
-    assert ended.code == 2 and "photos: 3 maps in maps/photos" in ended.out
-    assert "warning: photos/aa.jpg: cannot be read as an image (" in ended.err
-    assert "error: 1 photographs could not be read, see above; the others are pre" in ended.err
+    ended.refuses("error: 1 photographs could not be read, see above; the others are pre")
+    ended.refuses("warning: photos/aa.jpg: cannot be read as an image (")
+    assert "photos: 3 maps in maps/photos" in ended.out
     written = sorted(str(file) for file in Path("maps").rglob("*.png"))
     assert written == [f"maps/photos/{name}.png" for name in ("2023/May/a", "a", "b")]
     Path("photos/aa.jpg").unlink()
-    assert score(f"{CKPT} --data photos --save maps").code == 0  # the same names, once more
+    score(f"{CKPT} --data photos --save maps").says()  # the same names, once more
+    # The folder above the photographs, or above the maps of another method, is not written to.
+    photo = Path("clean/photos/a.png")
+    photo.parent.mkdir(parents=True)
+    Image.new("RGB", (64, 64)).save(photo)
+    content = photo.read_bytes()
+    for data in ("clean/photos", "clean/photos/a.png", "clean/photos/../photos"):
+        message = "clean/photos/a.png is none of these datasets' maps"
+        score(f"{CKPT} --data {data} --save clean").refuses(message)
+    assert photo.read_bytes() == content
+    Path("new").mkdir()
+    for _ in range(2):  # beside a table, and once more
+        score(f"{CKPT} --data ECSSD --save new --csv new/table.csv").says()
     Path("photos/below").mkdir()
     os.chdir("photos/below")  # no name is ever ..
-    ended = score("--ckpt ../../model.pt --device cpu --data .. --save ../out --workers 0")
-    assert ended.code == 0 and Path("../out/photos/a.png").exists(), ended.err
-
-
-def test_a_folder_that_cannot_be_listed_is_skipped(tmp_path, monkeypatch, capsys):
-    make_pairs(tmp_path, "Imgs + GT")
-    (tmp_path / "lost+found").mkdir()
-    refuse = lambda folder: folder.name == "lost+found" and fail_with(PermissionError())  # noqa: E731
-    watched(monkeypatch, Path, "iterdir", refuse)
-    evaluate.warn.cache_clear()
-    assert len(list(evaluate.files_below(tmp_path))) == 4
-    assert "lost+found: skipped, because it cannot be listed" in capsys.readouterr().err
+    score("--ckpt ../../model.pt --device cpu --data .. --save ../out --workers 0").says()
+    assert Path("../out/photos/a.png").exists()
 
 
 def test_maps_that_are_not_grey(score):
     """Cut-outs and colour maps are scored by brightness, and that is said."""
-    grey, mask = soft_map(np.random.default_rng(0), 40, 48)
-    for name in ("cutout", "colour", "mixed"):
+    grey = Image.fromarray(soft_map(np.random.default_rng(0), 40, 48)[0])
+    cutout = Image.new("RGBA", grey.size, "white")
+    cutout.putalpha(grey)
+    colour = Image.merge("RGB", [grey, grey.point(lambda v: 255 - v), grey])
+    binary, told = grey.point(lambda v: v > 127), "have colours or a varying alpha, and are read by"
+    for name, maps, warning in (
+        ("cutout", [cutout] * 3, f"3 of 3 maps {told}"),
+        ("colour", [colour] * 3, f"3 of 3 maps {told}"),
+        ("mixed", [grey, binary, grey], "1 maps are of 0 and 1 among others, such as mixed/b.png"),
+    ):
         Path(name).mkdir()
-        for stem in "abc":
-            image = Image.fromarray(grey)
-            if name == "cutout":
-                image = Image.new("RGBA", image.size, "white")
-                image.putalpha(Image.fromarray(grey))
-            if name == "colour":
-                image = Image.merge("RGB", [image, image.point(lambda v: 255 - v), image])
-            if name == "mixed" and stem == "b":
-                image = image.point(lambda v: v > 127)
+        for stem, image in zip("abc", maps, strict=True):
             image.save(f"{name}/{stem}.png")
-    for name in ("cutout", "colour"):
-        ended = score(f"--maps {name} --data ECSSD --workers 0 --device cpu")
-        assert "ECSSD: 3 of 3 maps have colours or a varying alpha, and are read by" in ended.err
-    ended = score("--maps mixed --data ECSSD --workers 0 --device cpu")
-    assert "ECSSD: 1 maps are of 0 and 1 among others, such as mixed/b.png" in ended.err
+        assert f"ECSSD: {warning}" in score(f"--maps {name} --data ECSSD --workers 0").err
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2830,25 +2764,21 @@ def test_maps_that_are_not_grey(score):
 
 def test_what_a_run_shows(here, run):
     ended = run(train, f"{SMALL} --data data/train --epochs 1 --out run")  # nothing to validate on
-    assert ended.code == 0 and "look:  run/data.png shows training pairs" in ended.out
+    ended.says("look:  run/data.png shows training pairs")
     command = "next:  python evaluate.py --ckpt run --data PHOTOS --save predictions"
     assert ended.out.splitlines()[-1] == command
-    for name in ("data.png", "samples.png"):
-        with Image.open(f"run/{name}") as picture:
-            assert picture.size == (738, 20 + 5 * 186)
-    pixels = np.asarray(Image.open("run/data.png")).astype(int)[:, :240]
-    red = (pixels[..., 0] > 200) & (pixels[..., 1] < 30) & (pixels[..., 2] < 30)
-    assert 0.005 < red.mean() < 0.1  # the outlines
+    for name in ("samples.png", "data.png"):
+        picture = np.asarray(Image.open(f"run/{name}")).astype(int)
+        assert picture.shape[:2] == (20 + 5 * 186, 738)
+    red, green, blue = np.moveaxis(picture[:, :240], -1, 0)
+    assert 0.005 < np.mean((red > 200) & (green < 30) & (blue < 30)) < 0.1  # the outlines
 
 
-def test_a_log_file_gets_a_line_now_and_then(monkeypatch, capsys):
-    shown = {}
+def test_a_log_file_gets_a_line_now_and_then(monkeypatch):
+    monkeypatch.setattr(evaluate, "tqdm", lambda items, *what, **how: how)
     for terminal, interval in ((True, None), (False, 300)):
-        shown.clear()
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
-        bar = lambda items, *what, **how: (shown.update(how), items)[1]  # noqa: E731
-        monkeypatch.setattr(evaluate, "tqdm", bar)
-        assert list(evaluate.progress(range(3), "epoch 1", 3)) == [0, 1, 2]
+        shown = evaluate.progress(range(3), "epoch 1", 3)
         assert (shown.get("delay"), shown.get("mininterval")) == (interval, interval)
     values = dict(desc="epoch 1", n_fmt=5, total_fmt=9, elapsed="05:00", remaining="04:00")
     line = shown["bar_format"].format(**values, postfix=", loss=1")
@@ -2862,22 +2792,18 @@ def test_one_command_starts_and_restarts(here, run, monkeypatch):
         stopped = run(train, command).refuses("stopped")
         assert "resume: run has no last.pt; a new run starts" in stopped.out
     run(train, command).says("resume: after epoch 1 of 2")
-    assert run(train, f"{SMALL} --epochs 2 --out whole").code == 0
+    run(train, f"{SMALL} --epochs 2 --out whole").says()
     assert same_weights(weights_of("run/last.pt"), weights_of("whole/last.pt"))
     elsewhere = "--resume run --out whole --workers 0"
     run(train, elsewhere).refuses("--out: --resume run continues in its own folder")
-
-
-def test_last_pt_of_another_kind(here, run):
-    assert run(train, f"{SMALL} --epochs 1 --out run").code == 0
+    # A last.pt of another kind.
     last = load("run/last.pt")
     model, info = load_checkpoint("run/last.pt")
     assert "encoder" not in info and "trained" not in info and info["config"] == model.config
     remembered = (OURS | PAPERS | RELEASE).keys() - set(train.NOT_REMEMBERED)
     assert last["run"].keys() == remembered | {"training_images", "validation_images"}
-    theirs = under_released_names(model)
     older = {name: value for name, value in last.items() if name != "run"}
-    for content in (load("run/best.pt"), theirs, older):
+    for content in (load("run/best.pt"), under_released_names(model), older):
         torch.save(content, "run/last.pt")
         ended = run(train, "--resume run --workers 0")
         ended.refuses("run/last.pt is not of this version's train.py, or no la")
@@ -2886,26 +2812,23 @@ def test_last_pt_of_another_kind(here, run):
 
 def test_handlers_are_put_back(usual_signals, monkeypatch):
     """In a notebook, under nohup and in a user's own program."""
-    known = [signal.getsignal(number) for number in evaluate.STOP_SIGNALS]
-    during = []
-    main = lambda: during.append([signal.getsignal(n) for n in evaluate.STOP_SIGNALS])  # noqa: E731
-    evaluate.run(main)
-    assert all(callable(handler) and handler not in known for handler in during[0])
+
+    def handlers(run: Callable = lambda main: main()) -> list:
+        during = []
+        run(lambda: during.extend(signal.getsignal(number) for number in evaluate.STOP_SIGNALS))
+        return during
+
+    known = handlers()
+    assert all(callable(handler) and handler not in known for handler in handlers(evaluate.run))
     with monkeypatch.context() as patch:
         patch.setattr(evaluate, "RANK", 1)  # does not wait for Python
-        evaluate.run(main)
-    assert during[1] == [signal.SIG_DFL] * 2
+        assert handlers(evaluate.run) == [signal.SIG_DFL] * 2
     with monkeypatch.context() as patch:
         patch.setattr("builtins.__IPYTHON__", True, raising=False)
-        evaluate.run(main)
-    assert during[2] == known
+        assert handlers(evaluate.run) == known
+    assert handlers() == known
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    try:
-        evaluate.run(main)
-        assert during[3][0] == signal.SIG_IGN
-    finally:
-        signal.signal(signal.SIGINT, known[0])
-    assert [signal.getsignal(number) for number in evaluate.STOP_SIGNALS] == known
+    assert handlers(evaluate.run)[0] == handlers()[0] == signal.SIG_IGN
 
 
 # -------------------------------------------------------------------------------------------------
@@ -2915,12 +2838,11 @@ def test_handlers_are_put_back(usual_signals, monkeypatch):
 def test_the_readme_names_what_there_is(monkeypatch, capsys):
     for name in re.findall(r"`(test_\w+)`", README):
         assert name in globals(), name
-    helps = ""
     for module in (train, evaluate):
         monkeypatch.setattr(sys, "argv", [module.__name__ + ".py", "--help"])
         with pytest.raises(SystemExit, match="0"):
             module.main()
-        helps += capsys.readouterr().out
+    helps = capsys.readouterr().out
     flags = set(re.findall(r"(?<![\w-])--[a-z][a-z-]+", README)) - {"--nproc_per_node", "--nproc"}
     assert len(flags) > 15
     for flag in flags:
