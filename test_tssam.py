@@ -835,14 +835,12 @@ def test_download(tmp_path, monkeypatch):
 # -------------------------------------------------------------------------------------------------
 # Data
 
-
-def turned_by(orientation: int) -> Image.Exif:
-    exif = Image.Exif()
+EXIF = {
+    orientation: Image.Exif() for orientation in (1, 3, 6)
+}  # shown upright, half turned, turned
+for orientation, exif in EXIF.items():
     exif[0x0112] = orientation
-    return exif
-
-
-ON_ITS_SIDE, BROKEN_EXIF = turned_by(6), b"Exif\0\0" + bytes(range(60))
+ON_ITS_SIDE, BROKEN_EXIF = EXIF[6], b"Exif\0\0" + bytes(range(60))
 
 
 def make_pairs(root: Path, folders: str, stems="ab", side: int = 40, ending="") -> list[Pair]:
@@ -1037,7 +1035,7 @@ def test_images_alone(tmp_path, monkeypatch, capsys):
     assert str(s) == f"photos: 1 images in {folder}, no masks, no splits"
 
 
-def test_images_and_masks_of_every_kind(tmp_path):
+def test_images_masks_and_maps_of_every_kind(tmp_path):
     disk = (np.hypot(*np.mgrid[-10:10, -15:15]) < 8).astype(np.uint8)
     white, edges, mask_file = disk * 255, disk * 200, tmp_path / "mask.png"
     edges[:, 15:] //= 2
@@ -1065,31 +1063,7 @@ def test_images_and_masks_of_every_kind(tmp_path):
         pair = Pair("photo", photo, mask_file if mask else None)  # masks: drawn on the pixels
         assert evaluate.read_sample(pair, 32, PAPER).size == (int(height), 50 - int(height))
     assert Image.MAX_IMAGE_PIXELS is None  # a large photograph is read
-
-
-# an object's colour, and the share of its area that is read
-LOSSY_OBJECTS = [(v, v, v) for v in (1, 10, 100, 127, 128, 150, 255)]
-LOSSY_OBJECTS += [(255, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 255), (0, 255, 0)]
-
-
-@pytest.mark.parametrize("ending", ["jpg", "webp", "tif", "jp2", "mpo", "avif"])
-def test_masks_in_lossy_files(tmp_path, ending):
-    """Cut at half of their own maximum: the area is right within 4 %, whatever the colour."""
-    disk = np.hypot(*np.mgrid[-60:60, -80:80]) < 40
-    how = dict(tif=dict(compression="jpeg"), jp2=dict(irreversible=True, quality_layers=[20]))
-    for colour in LOSSY_OBJECTS:
-        file, quality = tmp_path / f"mask.{ending}", 60 if min(colour) >= 100 else 75
-        image = Image.fromarray(disk[..., None] * np.uint8(colour))
-        image.save(file, **how.get(ending, dict(quality=quality)))
-        mask = np.asarray(evaluate.read_mask(file))
-        if max(colour) >= 100 or ending in ("jpg", "tif", "mpo"):
-            assert set(np.unique(mask)) == {0, 255}
-            assert abs((mask > 0).sum() / disk.sum() - 1) < 0.04, colour
-            assert min(colour) < 100 or np.mean((mask > 0) != disk) < 0.02
-
-
-def test_maps_are_read_as_they_are(tmp_path):
-    """Floats of at most 1 are times 255; lossy maps keep their levels."""
+    # Maps are read as they are: floats of at most 1 are times 255; lossy ones keep their levels.
     levels = np.linspace(0, 255, 240, dtype=np.float32).reshape(12, 20)
     for values in (levels / 255, levels):
         Image.fromarray(values).save(tmp_path / "map.tif")
@@ -1099,55 +1073,62 @@ def test_maps_are_read_as_they_are(tmp_path):
     assert len(np.unique(evaluate.read_grey(tmp_path / "map.jpg")[0])) > 50
 
 
+@pytest.mark.parametrize("ending", ["jpg", "webp", "tif", "jp2", "mpo", "avif"])
+def test_masks_in_lossy_files(tmp_path, ending):
+    """Cut at half of their own maximum: the area is right within 4 %, whatever the colour."""
+    disk, file = np.hypot(*np.mgrid[-60:60, -80:80]) < 40, tmp_path / f"mask.{ending}"
+    how = dict(tif=dict(compression="jpeg"), jp2=dict(irreversible=True, quality_layers=[20]))
+    colours = [(v, v, v) for v in (1, 10, 100, 127, 128, 150, 255)]
+    colours += [(255, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 255), (0, 255, 0)]
+    for colour in colours:
+        image, quality = (
+            Image.fromarray(disk[..., None] * np.uint8(colour)),
+            60 if min(colour) >= 100 else 75,
+        )
+        image.save(file, **how.get(ending, dict(quality=quality)))
+        mask = np.asarray(evaluate.read_mask(file))
+        if max(colour) >= 100 or ending in ("jpg", "tif", "mpo"):
+            assert set(np.unique(mask)) == {0, 255}
+            assert abs((mask > 0).sum() / disk.sum() - 1) < 0.04, colour
+            assert min(colour) < 100 or np.mean((mask > 0) != disk) < 0.02
+
+
 def check(name: str, pairs: list[Pair], size: int | None = None) -> None:
     evaluate.warn.cache_clear()
     evaluate.check_files(evaluate.ImageSet(name, name, None, pairs), 2, size)
 
 
-WARNED = """  a file of one of four pairs, what is done to it, what is said of it
-mask.png  | of red          | masks have colours or a varying alpha, and are read by brightness
-mask.png  | with alpha      | masks have colours or a varying alpha, and are read by brightness
-mask.png  | turned          | photos or masks are turned by their EXIF, which is ignored beside a
-photo.jpg | turned          | photos or masks are turned by their EXIF, which is ignored beside a
-photo.jpg | half turned     | photos or masks are turned by their EXIF, which is ignored beside a
-photo.jpg | upright         |
-photo.png | broken EXIF     |
-photo.png | 16 bits         | files have more than 8 bits per channel; values above
-photo.tif | floats          | files have more than 8 bits per channel; values above
-mask.png  | one pixel       | masks are empty once resized for the network
-mask.png  | in rgb          |
-mask.png  | with full alpha |
-mask.png  | of palette grey |
-mask.png  | as it is        |
-"""
-
-
-@pytest.mark.parametrize("file, what, warning", cases(WARNED)[1:])
-def test_what_is_warned_of(tmp_path, capsys, file, what, warning):
+def test_what_is_warned_of(tmp_path, capsys):
     pairs = make_pairs(tmp_path, "Imgs + GT", "abcd")
-    mask, kind = Image.open(pairs[0].mask), "mask" if "mask" in file else "image"
-    dot, red = Image.new("L", mask.size), Image.new("RGB", mask.size, "red")
-    dot.putpixel((1, 1), 255)
-    alpha = mask.convert("RGBA")
+    photo, mask = (Image.open(file) for file in pairs[0][1:])
+    grey, alpha, dot = mask.convert("RGB"), mask.convert("RGBA"), Image.new("L", mask.size)
     alpha.putalpha(mask)
-    changed = {
-        "of red": Image.composite(red, mask.convert("RGB"), mask),
-        "with alpha": alpha,
-        "16 bits": Image.fromarray(np.full((40, 48), 1000, np.uint16)),
-        "floats": Image.fromarray(np.full((40, 48), 1000, np.float32)),
-        "one pixel": dot,
-        "in rgb": mask.convert("RGB"),
-        "with full alpha": mask.convert("RGBA"),
-        "of palette grey": mask.convert("P"),
-    }
-    exif = {"turned": ON_ITS_SIDE, "half turned": turned_by(3), "upright": turned_by(1)}
-    exif |= {"broken EXIF": BROKEN_EXIF}
-    image = changed.get(what) or Image.open(getattr(pairs[0], kind))
-    image.save(tmp_path / file, exif=exif.get(what, b""))
-    pairs[0] = pairs[0]._replace(**{kind: tmp_path / file})
-    check("d", pairs, size=8)
-    err = capsys.readouterr().err
-    assert err.startswith(f"warning: d: 1 of 4 {warning}") if warning else err == ""
+    dot.putpixel((1, 1), 255)
+    deep = np.full((40, 48), 1000, np.uint16)
+    coloured = "masks have colours or a varying alpha, and are read by brightness"
+    turned = "photos or masks are turned by their EXIF, which is ignored beside a"
+    bits = "files have more than 8 bits per channel; values above"
+    for file, image, exif, warning in (
+        ("mask.png", mask, b"", ""),
+        ("mask.png", grey, b"", ""),
+        ("mask.png", mask.convert("P"), b"", ""),
+        ("mask.png", mask.convert("RGBA"), b"", ""),
+        ("mask.png", alpha, b"", coloured),
+        ("mask.png", grey.point([*range(256), *[0] * 512]), b"", coloured),
+        ("mask.png", dot, b"", "masks are empty once resized for the network"),
+        ("mask.png", mask, ON_ITS_SIDE, turned),
+        ("photo.jpg", photo, ON_ITS_SIDE, turned),
+        ("photo.jpg", photo, EXIF[3], turned),
+        ("photo.jpg", photo, EXIF[1], ""),
+        ("photo.png", photo, BROKEN_EXIF, ""),
+        ("photo.png", Image.fromarray(deep), b"", bits),
+        ("photo.tif", Image.fromarray(deep.astype(np.float32)), b"", bits),
+    ):
+        image.save(tmp_path / file, exif=exif)
+        changed = {"mask" if file == "mask.png" else "image": tmp_path / file}
+        check("d", [pairs[0]._replace(**changed), *pairs[1:]], size=8)
+        err = capsys.readouterr().err
+        assert err.startswith(f"warning: d: 1 of 4 {warning}") if warning else err == "", file
 
 
 def test_masks_that_may_be_wrong(tmp_path, capsys):
@@ -1224,9 +1205,11 @@ def test_in_threads(count):
 
 
 def metrics_of(samples: list, task: str, protocol: str) -> dict[str, float]:
-    protocol = evaluate.PROTOCOLS[protocol]
-    rows = [evaluate.score(prediction, mask, task, protocol) for prediction, mask in samples]
-    return evaluate.average(rows, protocol)
+    """A dataset's columns, of predictions in [0, 1], in 8 bits for the full-size protocol."""
+    if protocol == "full-size":
+        samples = [((255 * grey).round().astype(np.uint8), mask) for grey, mask in samples]
+    rows = [evaluate.score(*sample, task, evaluate.PROTOCOLS[protocol]) for sample in samples]
+    return evaluate.average(rows, evaluate.PROTOCOLS[protocol])
 
 
 COLUMNS = {(False, "paper"): "S E wF MAE", (False, "full-size"): "S E wF MAE maxF adpF meanF maxE"}
@@ -1240,6 +1223,7 @@ def by_the_toolbox(samples: list, task: str, protocol: str) -> dict[str, float]:
     f, errors = py_sod_metrics.Fmeasure(beta=0.3), []
     for prediction, mask in samples:
         grey = prediction if prediction.dtype == np.uint8 else prediction.astype(float) * 255
+        grey = grey.round() if protocol == "full-size" else grey
         for metric in (s, e, mae, wf, f):
             metric.step(grey, mask.astype(np.uint8) * 255)
         found = grey > 125
@@ -1264,78 +1248,50 @@ def soft_map(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndar
     return grey.clip(0, 255).astype(np.uint8), mask
 
 
-@pytest.mark.filterwarnings("ignore:This class will be removed")  # PySODMetrics, of Fmeasure
-@pytest.mark.parametrize("protocol", ["paper", "full-size"])
-@pytest.mark.parametrize("task", ["sod", "cod", "shadow"])
-def test_every_column_is_the_toolboxs(task, protocol):
-    rng = np.random.default_rng(7)
-    samples = [soft_map(rng, 40 + 3 * i, 60 - 4 * i) for i in range(5)]
-    if protocol == "paper":
-        samples = [(grey / np.float32(255), mask) for grey, mask in samples]
-    expected, metrics = (of(samples, task, protocol) for of in (by_the_toolbox, metrics_of))
-    assert list(metrics) == list(expected) and metrics == pytest.approx(expected, rel=1e-9)
-    assert all(type(value) is float for value in metrics.values())
-    # Several images: a mean of maxima is not the maximum of means, pooling is no mean.
-    alone = [by_the_toolbox([sample], task, protocol) for sample in samples]
-    for column in {"maxF", "maxE", "BER_pooled"} & metrics.keys():
-        assert abs(np.mean([row[column] for row in alone]) - metrics[column]) > 1e-3
-
-
-def test_metrics_by_hand():
+@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # by evaluate.py, but pytest resets it
+@pytest.mark.parametrize("protocol, beta", [("paper", 0.3), ("full-size", 1)])
+def test_metrics_by_hand(protocol, beta):
     """Weighted F by Margolin et al.'s definition: the object is found; a pixel 5 away from it is wrong. Its error
     weighs 2 - 0.5^(5/5) = 1.5, so that precision is 4 / (4 + 1.5) and recall 1."""
-    mask = np.zeros((2, 10), bool)
-    mask[:, :2] = True
-    prediction = mask.astype(np.float32)
+    mask = np.arange(10) < [[2], [2]]
+    prediction, precision = mask.astype(np.float32), 4 / 5.5
     prediction[0, 6] = 1
-    for protocol, beta, grey in (
-        ("paper", 0.3, prediction),
-        ("full-size", 1, np.uint8(prediction * 255)),
-    ):
-        metrics = metrics_of([(grey, mask)], "sod", protocol)
-        assert metrics["wF"] == pytest.approx((1 + beta) * (4 / 5.5) / (1 + beta * (4 / 5.5)))
-        assert metrics["MAE"] == pytest.approx(1 / 20)
+    metrics = metrics_of([(prediction, mask)], "sod", protocol)
+    assert metrics["wF"] == pytest.approx((1 + beta) * precision / (1 + beta * precision))
+    assert metrics["MAE"] == pytest.approx(1 / 20)
     # Predictions are stretched to [0, 1] first; S of an empty mask is one less the mean.
     faint = np.array([[0.2, 0.6, 0.2, 0.2]], np.float32)
-    metrics = metrics_of([(faint, np.zeros((1, 4), bool))], "sod", "paper")
+    metrics = metrics_of([(faint, np.zeros((1, 4), bool))], "sod", protocol)
     assert metrics["MAE"] == pytest.approx(0.25) and metrics["S"] == pytest.approx(0.75)
-
-
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # by evaluate.py, but pytest resets it
-@pytest.mark.parametrize("protocol", ["paper", "full-size"])
-def test_a_metric_that_is_nan_counts_zero(protocol):
-    rng = np.random.default_rng(0)
-    masks, maps = rng.random((3, 16, 16)) > 0.5, rng.integers(0, 256, (3, 16, 16), dtype=np.uint8)
-    samples = list(zip(maps / np.float32(255) if protocol == "paper" else maps, masks, strict=True))
+    # A metric that is nan counts 0.
+    maps, masks = np.random.default_rng(0).random((2, 3, 16, 16), np.float32)
+    samples = list(zip(maps, masks > 0.5, strict=True))
     whole = metrics_of(samples[:2], "sod", protocol)["S"]
-    masks[2, :-1] = False  # all foreground in the last row
+    samples[2][1][:-1] = False  # all foreground in the last row
     assert metrics_of(samples, "sod", protocol)["S"] == pytest.approx(2 / 3 * whole)
     for height, width in ((1, 1), (1, 2), (2, 1)):
         for value in (False, True):
-            sample = samples[0][0][:height, :width], np.full((height, width), value)
+            sample = maps[0, :height, :width], np.full((height, width), value)
             metrics = metrics_of([sample], "sod", protocol)
             assert all(0 <= metric <= 2 for metric in metrics.values())
 
 
 @pytest.mark.parametrize("protocol", ["paper", "full-size"])
 def test_ber_by_hand(protocol):
-    mask = np.zeros((10, 10), bool)
-    mask[:, :4] = True
+    mask = np.arange(10) < [[4]] * 10
     faint = np.full((10, 10), 0.3, np.float32)  # nothing reaches the threshold, stretched or not
     half = faint.copy()
     half[:, 4:] = 125 / 255 - 1e-6  # just below it
     half[:, :3] = 126 / 255  # 30 of 40 found
     half[:6, 9] = 0.9  # 6 of 60 wrongly found
-    if protocol == "full-size":
-        faint, half = (np.uint8((prediction * 255).round()) for prediction in (faint, half))
+    missed = metrics_of([(faint, mask)], "shadow", protocol)
+    assert set(missed) == set(COLUMNS[True, protocol].split())
+    assert list(missed.values()) == pytest.approx([50.0] * len(missed))
     # The last: 30 of 40, nothing wrongly.
     samples = [(faint, mask), (half, mask), (half[:, :8], mask[:, :8])]
-    pooled = {"BER_pooled": 50.0} if protocol == "full-size" else {}
-    missed = metrics_of(samples[:1], "shadow", protocol)
-    assert missed == pytest.approx({"BER": 50.0} | pooled)
     metrics = metrics_of(samples, "shadow", protocol)
     assert metrics["BER"] == pytest.approx(100 * (0.5 + (10 / 40 + 6 / 60) / 2 + (10 / 40) / 2) / 3)
-    if pooled:
+    if protocol == "full-size":
         assert metrics["BER_pooled"] == pytest.approx(100 * (60 / 120 + 6 / 160) / 2)
     # A class that an image does not have counts as missed.
     for value, expected in ((False, 50 + 100 * 36 / 100 / 2), (True, 50 + 100 * 64 / 100 / 2)):
@@ -1343,29 +1299,14 @@ def test_ber_by_hand(protocol):
         assert metrics_of(one_sided, "shadow", protocol)["BER"] == pytest.approx(expected)
 
 
-class Brightness(nn.Module):
-    """Stands in for a TSSAM: logits from an image's brightness, so that they can be made by hand."""
-
-    def __init__(self, size: int) -> None:
-        super().__init__()
-        self.config, self.weight = {"image_size": size}, nn.Parameter(torch.tensor(2.0))
-
-    def forward(self, images: torch.Tensor) -> torch.Tensor:
-        return self.weight * images.mean(1, keepdim=True) + images[:, :1]
-
-
-@pytest.mark.filterwarnings("ignore:This class will be removed")
+@pytest.mark.filterwarnings("ignore:This class will be removed")  # PySODMetrics, of Fmeasure
 @pytest.mark.parametrize("name", ["paper", "full-size"])
-@pytest.mark.parametrize("task", ["sod", "shadow"])
-def test_protocols_from_files_to_numbers(tmp_path, task, name):
+@pytest.mark.parametrize("task", ["sod", "cod", "shadow"])
+def test_from_files_to_the_toolboxs_numbers(tmp_path, task, name):
     """Of images of different sizes; a mask has another size than its image, one is of 0 and 1, one is faint."""
-    rng, model, protocol, made = (
-        np.random.default_rng(0),
-        Brightness(32),
-        evaluate.PROTOCOLS[name],
-        [],
-    )
-    pairs = make_pairs(tmp_path, "Imgs + GT", "abcdef")
+    model = nn.Linear(1, 1)  # stands in for a TSSAM, with logits from an image's brightness
+    model.config, model.forward = {"image_size": 32}, lambda x: 2 * x.mean(1, True) + x[:, :1]
+    pairs, made, rng = make_pairs(tmp_path, "Imgs + GT", "abcdef"), [], np.random.default_rng(0)
     for i, (_, image_file, mask_file) in enumerate(pairs):
         width, height = 30 + 7 * i, 60 - 5 * i
         coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
@@ -1380,26 +1321,30 @@ def test_protocols_from_files_to_numbers(tmp_path, task, name):
         logits, mask = torch.from_numpy(2 * x.mean(-1) + x[..., 0]), np.asarray(mask)
         if name == "paper":
             rows, columns = (((np.arange(32) + 0.5) * n / 32).astype(int) for n in mask.shape)
-            made.append((logits.sigmoid().numpy(), mask[rows][:, columns] > 0))
+            mask = mask[rows][:, columns] > 0
         else:
-            full = F.interpolate(logits[None, None], mask.shape, mode="bilinear")
-            grey = np.round(255 * full[0, 0].sigmoid().numpy()).astype(np.uint8)
-            made.append((grey, mask > (128 if mask.max() > 1 else 0)))
-    maps, results = tmp_path / "maps", []
+            logits = F.interpolate(logits[None, None], mask.shape, mode="bilinear")[0, 0]
+            mask = mask > (128 if mask.max() > 1 else 0)
+        made.append((logits.sigmoid().numpy(), mask))
+    expected, metrics = (of(made, task, name) for of in (by_the_toolbox, metrics_of))
+    assert list(metrics) == list(expected) and metrics == pytest.approx(expected, rel=1e-9)
+    assert all(type(value) is float for value in metrics.values())
+    # Several images: a mean of maxima is not the maximum of means, pooling is no mean.
+    alone = [by_the_toolbox([sample], task, name) for sample in made]
+    for column in {"maxF", "maxE", "BER_pooled"} & metrics.keys():
+        assert abs(np.mean([row[column] for row in alone]) - metrics[column]) > 1e-3
+    maps, protocol, results = tmp_path / "maps", evaluate.PROTOCOLS[name], []
     for how in (dict(batch_size=1, workers=0), dict(batch_size=4, workers=1, save=maps)):
-        rows = evaluate.score_images(model, pairs, task, protocol, **how)
-        results.append(evaluate.average(list(rows), protocol))
-    assert results[0] == results[1] == pytest.approx(by_the_toolbox(made, task, name), abs=1e-4)
-    saved = [pair._replace(image=maps / f"{pair.name}.png") for pair in pairs]
-    for pair, of in zip(saved, pairs, strict=True):
-        with Image.open(of.image) as image, Image.open(pair.image) as saved_map:
+        rows = list(evaluate.score_images(model, pairs, task, protocol, **how))
+        results.append(evaluate.average(rows, protocol))
+    assert results[0] == results[1] == pytest.approx(metrics, abs=1e-4)
+    for i, (pair, row) in enumerate(zip(pairs, rows, strict=True)):
+        saved = pair._replace(image=maps / f"{pair.name}.png")
+        with Image.open(pair.image) as image, Image.open(saved.image) as saved_map:
             assert saved_map.size == image.size and saved_map.mode == "L"
-    if name == "full-size":
-        # The same from saved maps, but for the mask that is not of its image's size.
-        again = evaluate.score_images(model, pairs, task, FULL_SIZE)
-        for i, (pair, scores) in enumerate(zip(saved, again, strict=True)):
-            scored = evaluate.score_map(pair, task, 1)
-            assert i == 2 or all(np.array_equal(scored[name], scores[name]) for name in scores)
+        if name == "full-size" and i != 2:  # the same from saved maps of the mask's size
+            again = evaluate.score_map(saved, task, 1)
+            assert all(np.array_equal(again[column], row[column]) for column in row)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1438,9 +1383,8 @@ def run(here, monkeypatch, capsys) -> Callable[[ModuleType, str], Ended]:
         monkeypatch.setattr(evaluate, "on_stop", lambda message: None)  # pytest's own handlers stay
         monkeypatch.setattr(torch.version, "cuda", None)  # no warning that there is no GPU
         evaluate.warn.cache_clear()
-        code = 0
         try:
-            evaluate.run(module.main)
+            code = evaluate.run(module.main) or 0
         except SystemExit as stop:
             code = stop.code
         return Ended(code, *capsys.readouterr())
