@@ -895,13 +895,12 @@ def test_layouts(tmp_path, layout, train_folders, tests, folders):
 
 
 def test_the_words_that_name_folders():
-    words_of = {
+    words = {
         "image": evaluate.IMAGE_FOLDERS,
         "mask": evaluate.MASK_FOLDERS,
-        **evaluate.SPLIT_FOLDERS,
-    }
-    words_of, listed = {kind: words.split() for kind, words in words_of.items()}, []
-    for kind, words in cases("""
+    } | evaluate.SPLIT_FOLDERS
+    expected = []
+    for kind, some in cases("""
         image | im image images img img_dir imgs input jpegimages original shadowimages test_a train_a
         mask  | 1st_manual ann_dir annotation annotations ground_truth groundtruth gt gt_object gts label
         mask  | labels manual1 mask masks pixelwisegt_new_png segmentationclass shadowmasks test_b train_b
@@ -909,16 +908,18 @@ def test_the_words_that_name_folders():
         val   | val valid validation
         test  | te test testing testdataset testingdataset
     """):
-        for word in words.split():
-            listed.append((kind, word))
+        for word in some.split():
+            expected.append((kind, word))
             names = [word, word.upper(), word.replace("_", "-"), word.replace("_", " ")]
             names += [f"my-{word}", f"My_own {word.title()}", f"my{word}", f"{word}_2", f"{word}s2"]
-            known = [evaluate.matches(Path(name), " ".join(words_of[kind])) for name in names]
+            known = [evaluate.matches(Path(name), words[kind]) for name in names]
             assert known == [True] * 6 + [False] * 3, word
             if kind in evaluate.SPLIT_FOLDERS:
                 assert evaluate.split_of(Path("data", f"X-{word.title()}")) == kind
                 assert evaluate.name_of(Path("/data/X", word.title())) == "X"
-    assert sorted(listed) == sorted((kind, word) for kind in words_of for word in words_of[kind])
+    assert sorted(expected) == sorted(
+        (kind, word) for kind in words for word in words[kind].split()
+    )
     assert evaluate.split_of(Path("train/latest")) is None
     assert evaluate.name_of(Path("/test")) == "test"  # not the root folder
 
@@ -1032,22 +1033,16 @@ def test_images_alone(tmp_path, monkeypatch, capsys):
 
 def test_images_masks_and_maps_of_every_kind(tmp_path):
     disk = (np.hypot(*np.mgrid[-10:10, -15:15]) < 8).astype(np.uint8)
-    white, edges, mask_file = disk * 255, disk * 200, tmp_path / "mask.png"
+    white, edges, file = disk * 255, disk * 200, tmp_path / "mask.png"
     edges[:, 15:] //= 2
     palette = Image.fromarray(disk).convert("P")
     palette.putpalette([0, 0, 0, 128, 0, 0])
-    for mask, expected in (
-        (Image.fromarray(white).convert("1"), white),
-        (Image.fromarray(white).convert("RGB"), white),
-        (Image.fromarray(disk), white),  # of 0 and 1
-        (Image.fromarray(disk * 128), white),
-        (Image.fromarray(disk.astype(np.uint16) * 65535), white),
-        (palette, white),
-        (Image.fromarray(edges), edges),  # grey levels stay
-        (Image.fromarray(disk * 0), disk * 0),
-    ):
-        mask.save(mask_file)
-        read = evaluate.read_mask(mask_file)
+    masks = [(palette, white)] + [(Image.fromarray(white).convert(m), white) for m in ("1", "RGB")]
+    masks += [(Image.fromarray(a), white) for a in (disk, disk * 128, np.uint16(disk) * 65535)]
+    masks += [(Image.fromarray(a), a) for a in (edges, disk * 0)]  # grey levels stay
+    for mask, expected in masks:
+        mask.save(file)
+        read = evaluate.read_mask(file)
         assert read.mode == "L" and np.array_equal(np.asarray(read), expected)
         resized = evaluate.foreground(read.resize((60, 60), 0), PAPER, 60)
         assert np.array_equal(resized[::3, ::2], expected > 0)
@@ -1055,7 +1050,7 @@ def test_images_masks_and_maps_of_every_kind(tmp_path):
     photo = tmp_path / "photo.jpg"
     for exif, mask, height in cases("turned | | 30\n turned | mask.png | 20\n broken | | 20"):
         Image.fromarray(white).save(photo, exif=BROKEN_EXIF if exif == "broken" else ON_ITS_SIDE)
-        pair = Pair("photo", photo, mask_file if mask else None)  # masks: drawn on the pixels
+        pair = Pair("photo", photo, file if mask else None)  # masks: drawn on the pixels
         assert evaluate.read_sample(pair, 32, PAPER).size == (int(height), 50 - int(height))
     assert Image.MAX_IMAGE_PIXELS is None  # a large photograph is read
     # Maps are read as they are: floats of at most 1 are times 255; lossy ones keep their levels.
@@ -1085,63 +1080,53 @@ def test_masks_in_lossy_files(tmp_path, ending):
             assert min(colour) < 100 or np.mean((mask > 0) != disk) < 0.02
 
 
-def check(name: str, pairs: list[Pair], size: int | None = None) -> None:
-    evaluate.warn.cache_clear()
-    evaluate.check_files(evaluate.ImageSet(name, name, None, pairs), 2, size)
-
-
 def test_what_is_warned_of(tmp_path, capsys):
     pairs = make_pairs(tmp_path, "Imgs + GT", "abcd")
+
+    def warned(pairs: list[Pair]) -> str:
+        evaluate.warn.cache_clear()
+        evaluate.check_files(evaluate.ImageSet("d", "d", None, pairs), 2, size=8)
+        return capsys.readouterr().err
+
     photo, mask = (Image.open(file) for file in pairs[0][1:])
     grey, alpha, dot = mask.convert("RGB"), mask.convert("RGBA"), Image.new("L", mask.size)
     alpha.putalpha(mask)
     dot.putpixel((1, 1), 255)
-    deep = np.full((40, 48), 1000, np.uint16)
+    red, deep = grey.point([*range(256), *[0] * 512]), np.full((40, 48), 1000, np.uint16)
     coloured = "masks have colours or a varying alpha, and are read by brightness"
     turned = "photos or masks are turned by their EXIF, which is ignored beside a"
     bits = "files have more than 8 bits per channel; values above"
-    for file, image, exif, warning in (
-        ("mask.png", mask, b"", ""),
-        ("mask.png", grey, b"", ""),
-        ("mask.png", mask.convert("P"), b"", ""),
-        ("mask.png", mask.convert("RGBA"), b"", ""),
-        ("mask.png", alpha, b"", coloured),
-        ("mask.png", grey.point([*range(256), *[0] * 512]), b"", coloured),
-        ("mask.png", dot, b"", "masks are empty once resized for the network"),
-        ("mask.png", mask, ON_ITS_SIDE, turned),
-        ("photo.jpg", photo, ON_ITS_SIDE, turned),
-        ("photo.jpg", photo, EXIF[3], turned),
-        ("photo.jpg", photo, EXIF[1], ""),
-        ("photo.png", photo, BROKEN_EXIF, ""),
-        ("photo.png", Image.fromarray(deep), b"", bits),
-        ("photo.tif", Image.fromarray(deep.astype(np.float32)), b"", bits),
-    ):
-        image.save(tmp_path / file, exif=exif)
-        changed = {"mask" if file == "mask.png" else "image": tmp_path / file}
-        check("d", [pairs[0]._replace(**changed), *pairs[1:]], size=8)
-        err = capsys.readouterr().err
-        assert err.startswith(f"warning: d: 1 of 4 {warning}") if warning else err == "", file
-
-
-def test_masks_that_may_be_wrong(tmp_path, capsys):
-    pairs = make_pairs(tmp_path, "Imgs + GT", "abcd")
-    text = "56.25% of the masks' pixels are above 0 (training, paper), 50.00% above 128 (full-size)"
-    warning = f"warning: d: {text}, see {pairs[2].mask}\n"
+    files = [
+        ("mask.png", m, "", b"") for m in (mask, grey, mask.convert("P"), mask.convert("RGBA"))
+    ]
+    files += [("mask.png", m, coloured, b"") for m in (alpha, red)]
+    files += [("mask.png", dot, "masks are empty once resized for the network", b"")]
+    files += [("mask.png", mask, turned, EXIF[6]), ("photo.jpg", photo, turned, EXIF[6])]
+    files += [("photo.jpg", photo, turned, EXIF[3]), ("photo.jpg", photo, "", EXIF[1])]
+    files += [
+        ("photo.png", photo, "", BROKEN_EXIF),
+        ("photo.png", Image.fromarray(deep), bits, b""),
+    ]
+    files += [("photo.tif", Image.fromarray(np.float32(deep)), bits, b"")]
+    for name, image, warning, exif in files:
+        image.save(tmp_path / name, exif=exif)
+        changed = {"mask" if name == "mask.png" else "image": tmp_path / name}
+        err = warned([pairs[0]._replace(**changed), *pairs[1:]])
+        assert err.startswith(f"warning: d: 1 of 4 {warning}") if warning else err == "", name
     # A border to be ignored, or an object in a darker colour; too small a one in one of four masks.
-    for border, expected in ((10, warning), (8, "")):
+    text = "56.25% of the masks' pixels are above 0 (training, paper), 50.00% above 128 (full-size)"
+    for border, expected in ((10, f"warning: d: {text}, see {pairs[2].mask}\n"), (8, "")):
         for i, pair in enumerate(pairs):
             rows = np.repeat(np.uint8([255, 100 * (i == 2), 0]), [20, border, 20 - border])
             Image.fromarray(np.tile(rows[:, None], 48)).save(pair.mask)
-        check("d", pairs)
-        assert capsys.readouterr().err == expected
+        assert warned(pairs) == expected
     for i, levels in enumerate(((0, 0), (1, 2), (5, 255))):  # empty, labels, under a veil
         Image.fromarray(np.resize(np.uint8(levels), (40, 48))).save(pairs[i].mask)
-    check("d", pairs)
     few = "warning: d: 1 of 4 masks are empty (such as a.jpg)\nwarning: d: 2 of 4 masks have no"
-    assert capsys.readouterr().err.startswith(few)
+    assert warned(pairs).startswith(few)
     for i, what in enumerate(("are empty", "have no background")):
         with refused(rf"d: 1 of 1 masks {what} \(such as [ab].jpg\); check how .*GT was made"):
-            check("d", pairs[i : i + 1])
+            warned(pairs[i : i + 1])
 
 
 def normalised(pixels: np.ndarray) -> np.ndarray:
@@ -1209,23 +1194,23 @@ IN_THE_PAPER = ("S", "E", "wF", "MAE", "BER")
 
 def by_the_toolbox(samples: list, task: str, protocol: str) -> dict[str, float]:
     """A dataset's columns: PySODMetrics stepped over all samples, BER from counted pixels."""
-    s, e, mae = py_sod_metrics.Smeasure(alpha=0.5), py_sod_metrics.Emeasure(), py_sod_metrics.MAE()
-    wf = py_sod_metrics.WeightedFmeasure(beta={"paper": 0.3, "full-size": 1}[protocol])
-    f, errors = py_sod_metrics.Fmeasure(beta=0.3), []
+    toolbox, errors = py_sod_metrics, []
+    metrics = dict(sm=toolbox.Smeasure(alpha=0.5), em=toolbox.Emeasure(), mae=toolbox.MAE())
+    wf_beta = {"paper": 0.3, "full-size": 1}[protocol]
+    metrics |= dict(wfm=toolbox.WeightedFmeasure(beta=wf_beta), fm=toolbox.Fmeasure(beta=0.3))
     for prediction, mask in samples:
         grey = prediction if prediction.dtype == np.uint8 else prediction.astype(float) * 255
         grey = grey.astype(np.float32).round().astype(np.uint8) if protocol == "full-size" else grey
-        for metric in (s, e, mae, wf, f):
+        for metric in metrics.values():
             metric.step(grey, mask.astype(np.uint8) * 255)
         found = grey > 125
         errors.append([(found & ~mask).sum(), (~mask).sum(), (~found & mask).sum(), mask.sum()])
     fp, negative, fn, positive = np.vstack([errors, np.sum(errors, 0)]).T
     ber = 50 * (fp / negative + fn / positive)
-    e_curve, f = e.get_results()["em"]["curve"], f.get_results()["fm"]
-    every = dict(S=s.get_results()["sm"], E=e_curve.mean(), wF=wf.get_results()["wfm"])
-    every |= dict(MAE=mae.get_results()["mae"], maxF=f["curve"].max(), adpF=f["adp"])
-    every |= dict(meanF=f["curve"].mean(), maxE=e_curve.max())
-    every |= dict(BER=ber[:-1].mean(), BER_pooled=ber[-1])
+    sm, em, mae, wfm, fm = (metric.get_results()[name] for name, metric in metrics.items())
+    e, f = em["curve"], fm["curve"]
+    every = dict(S=sm, E=e.mean(), wF=wfm, MAE=mae, maxF=f.max(), adpF=fm["adp"], meanF=f.mean())
+    every |= dict(maxE=e.max(), BER=ber[:-1].mean(), BER_pooled=ber[-1])
     names = ("BER", "BER_pooled") if task == "shadow" else list(every)[:-2]
     return {name: every[name] for name in names if protocol == "full-size" or name in IN_THE_PAPER}
 
@@ -1266,12 +1251,9 @@ def test_metrics_by_hand(protocol, beta):
             sample = maps[0, :height, :width], np.full((height, width), value)
             metrics = metrics_of([sample], "sod", protocol)
             assert all(0 <= metric <= 2 for metric in metrics.values())
-
-
-@pytest.mark.parametrize("protocol", ["paper", "full-size"])
-def test_ber_by_hand(protocol):
+    # BER: a map in which nothing reaches the threshold, stretched or not; one that is right in part.
     mask = np.arange(10) < [[4]] * 10
-    faint = np.full((10, 10), 0.3, np.float32)  # nothing reaches the threshold, stretched or not
+    faint = np.full((10, 10), 0.3, np.float32)
     half = faint.copy()
     half[:, 4:] = 125 / 255 - 1e-6  # just below it
     half[:, :3] = 126 / 255  # 30 of 40 found
@@ -2566,25 +2548,6 @@ def test_two_folders_in_both_scripts(here, run):
     run(train, f"{TINY} --data one,one --epochs 1 --out other").refuses(message)
 
 
-def test_a_run_moves_to_another_machine(here, run):
-    """Its rows have a GPU's peak memory; SAM's file and the data are elsewhere."""
-    sam_file(here / "sam.pth", 64)
-    run(train, f"{SMALL} --sam-checkpoint sam.pth --epochs 2 --out run").says()
-    last = load("run/last.pt")
-    last["rows"] = [last["rows"][0] | {"peak_MB": 5.0}]
-    torch.save(last, "run/last.pt")
-    Path("data").rename("moved")
-    Path("sam.pth").rename("other.pth")
-    resume = "--resume run --workers 0 --device cpu"
-    run(train, resume).refuses("data: no such file or folder; pass the dataset")
-    ended = run(train, f"{resume} --data moved --sam-checkpoint other.pth")
-    ended.says("val:   moved: 3 images in moved/test/Imgs")
-    assert [row["peak_MB"] for row in read_rows("run/log.csv")] == ["5.0", ""]
-    last = load("run/last.pt")
-    assert last["encoder"]["sam_checkpoint"] == str(here / "other.pth")
-    assert last["run"]["data"] == [str(here / "moved")]
-
-
 def test_what_is_validated_on_and_shown(here, run):
     """No test split without masks; a part that is held out."""
     make_pairs(here / "half", "train/images + train/masks", "abcd")
@@ -2702,25 +2665,38 @@ def test_a_log_file_gets_a_line_now_and_then(monkeypatch):
     assert line == "epoch 1: 5 of 9, 05:00 elapsed, 04:00 left, loss=1\n"
 
 
-def test_one_command_starts_and_restarts(here, run, monkeypatch):
-    command = f"{SMALL} --epochs 2 --out run --resume"
+def test_a_run_starts_restarts_and_moves_to_another_machine(here, run, monkeypatch):
+    """With one command; its rows have a GPU's peak memory; SAM's file and the data are elsewhere."""
+    sam_file(here / "sam.pth", 64)
+    flags = f"{SMALL} --sam-checkpoint sam.pth --epochs 2"
+    run(train, f"{flags} --out whole").says()
     with monkeypatch.context() as patch:
         stop_in_epoch_2(patch)
-        stopped = run(train, command).refuses("stopped")
-        assert "resume: run has no last.pt; a new run starts" in stopped.out
-    run(train, command).says("resume: after epoch 1 of 2")
-    run(train, f"{SMALL} --epochs 2 --out whole").says()
+        for said in ("run has no last.pt; a new run starts", "after epoch 1 of 2"):
+            stopped = run(train, f"{flags} --out run --resume").refuses("stopped")
+            assert f"resume: {said}" in stopped.out
+    last = load("run/last.pt")
+    last["rows"][0]["peak_MB"] = 5.0
+    torch.save(last, "run/last.pt")
+    Path("data").rename("moved")
+    Path("sam.pth").rename("other.pth")
+    resume = "--resume run --workers 0 --device cpu"
+    run(train, resume).refuses("data: no such file or folder; pass the dataset")
+    ended = run(train, f"{resume} --data moved --sam-checkpoint other.pth")
+    ended.says("val:   moved: 3 images in moved/test/Imgs").says("resume: after epoch 1 of 2")
+    assert [row["peak_MB"] for row in read_rows("run/log.csv")] == ["5.0", ""]
     assert same_weights(weights_of("run/last.pt"), weights_of("whole/last.pt"))
     elsewhere = "--resume run --out whole --workers 0"
     run(train, elsewhere).refuses("--out: --resume run continues in its own folder")
-    # A last.pt of another kind.
     last = load("run/last.pt")
+    assert last["encoder"]["sam_checkpoint"] == str(here / "other.pth")
+    assert last["run"]["data"] == [str(here / "moved")]
     model, info = load_checkpoint("run/last.pt")
     assert "encoder" not in info and "trained" not in info and info["config"] == model.config
     remembered = (OURS | PAPERS | RELEASE).keys() - set(train.NOT_REMEMBERED)
     assert last["run"].keys() == remembered | {"training_images", "validation_images"}
     older = {name: value for name, value in last.items() if name != "run"}
-    for content in (load("run/best.pt"), under_released_names(model), older):
+    for content in (load("run/best.pt"), under_released_names(model), older):  # of another kind
         torch.save(content, "run/last.pt")
         ended = run(train, "--resume run --workers 0")
         ended.refuses("run/last.pt is not of this version's train.py, or no la")
