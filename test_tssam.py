@@ -924,7 +924,7 @@ def test_the_words_that_name_folders():
     assert evaluate.name_of(Path("/test")) == "test"  # not the root folder
 
 
-def test_which_folders_and_files_count(tmp_path):
+def test_which_folders_and_files_count(tmp_path, monkeypatch, capsys):
     """In a folder above several; with one more ending on all masks; but for what systems hide."""
     for val in ("val", "valid", "Validation"):
         for to in ("{}/Imgs + {}/GT", "images/{} + masks/{}", "Images/{} + masks"):
@@ -956,6 +956,29 @@ def test_which_folders_and_files_count(tmp_path):
     assert found_in(tmp_path / "hidden").pairs == pairs
     pairs[0].image.rename(pairs[0].image.with_suffix(".JPG"))
     assert len(found_in(tmp_path / "hidden", evaluate.TRAIN).pairs) == 2
+    # Images alone.
+    folder = tmp_path / "photos"
+    make_pairs(tmp_path, "photos + elsewhere")
+    Image.new("RGB", (9, 9)).save(folder / "c.tif")
+    (folder / "d.heic").touch()
+    (folder / "d.mpg").touch()
+    files = sorted(folder.iterdir())
+    for name in ("e.png", "lost+found"):
+        (folder / name).mkdir()
+    refuse = lambda folder: folder.name == "lost+found" and fail_with(PermissionError())  # noqa: E731
+    watched(monkeypatch, Path, "iterdir", refuse)
+    warning = "photos: skipped 2 files whose extensions Pillow does not know, such as d.heic"
+    for roots in ([folder], files):  # a folder, or photos/*
+        evaluate.warn.cache_clear()
+        (s,) = evaluate.find_sets(roots, evaluate.TEST, need_masks=False)
+        err = capsys.readouterr().err
+        assert s.name == "photos" and warning in err
+        assert ("lost+found: skipped, because it cannot be listed" in err) == (roots == [folder])
+        assert [pair[1:] for pair in s.pairs] == [(file, None) for file in files[:3]]  # to c.tif
+    with refused("d.heic is no image, and neither is any other"):
+        found_in(folder / "d.heic")
+    s = found_in(folder / "b.jpg", need_masks=False)
+    assert str(s) == f"photos: 1 images in {folder}, no masks, no splits"
 
 
 @pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="no accents in file names")
@@ -1003,31 +1026,6 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
     assert found_in(tmp_path / "deep")
 
 
-def test_images_alone(tmp_path, monkeypatch, capsys):
-    folder = tmp_path / "photos"
-    make_pairs(tmp_path, "photos + elsewhere")
-    Image.new("RGB", (9, 9)).save(folder / "c.tif")
-    (folder / "d.heic").touch()
-    (folder / "d.mpg").touch()
-    files = sorted(folder.iterdir())
-    for name in ("e.png", "lost+found"):
-        (folder / name).mkdir()
-    refuse = lambda folder: folder.name == "lost+found" and fail_with(PermissionError())  # noqa: E731
-    watched(monkeypatch, Path, "iterdir", refuse)
-    warning = "photos: skipped 2 files whose extensions Pillow does not know, such as d.heic"
-    for roots in ([folder], files):  # a folder, or photos/*
-        evaluate.warn.cache_clear()
-        (s,) = evaluate.find_sets(roots, evaluate.TEST, need_masks=False)
-        err = capsys.readouterr().err
-        assert s.name == "photos" and warning in err
-        assert ("lost+found: skipped, because it cannot be listed" in err) == (roots == [folder])
-        assert [pair[1:] for pair in s.pairs] == [(file, None) for file in files[:3]]  # to c.tif
-    with refused("d.heic is no image, and neither is any other"):
-        found_in(folder / "d.heic")
-    s = found_in(folder / "b.jpg", need_masks=False)
-    assert str(s) == f"photos: 1 images in {folder}, no masks, no splits"
-
-
 def test_images_masks_and_maps_of_every_kind(tmp_path):
     disk = (np.hypot(*np.mgrid[-10:10, -15:15]) < 8).astype(np.uint8)
     white, edges, file = disk * 255, disk * 200, tmp_path / "mask.png"
@@ -1058,23 +1056,20 @@ def test_images_masks_and_maps_of_every_kind(tmp_path):
         assert np.abs(read - levels).max() <= 1 and read.max() == 255
     Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "map.jpg")
     assert len(np.unique(evaluate.read_grey(tmp_path / "map.jpg")[0])) > 50
-
-
-@pytest.mark.parametrize("ending", ["jpg", "webp", "tif", "jp2", "mpo", "avif"])
-def test_masks_in_lossy_files(tmp_path, ending):
-    """Cut at half of their own maximum: the area is right within 4 %, whatever the colour."""
+    # Masks in lossy files are cut at half of their own maximum: the area is right within 4 %, whatever the colour.
     disk = np.hypot(*np.mgrid[-60:60, -80:80]) < 40
-    how = dict(tif=dict(compression="jpeg"), jp2=dict(irreversible=True, quality_layers=[20]))
     colours = [(v, v, v) for v in (1, 10, 100, 127, 128, 150, 255)]
     colours += [(255, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 255), (0, 255, 0)]
-    for colour in colours:
-        file, lossy = tmp_path / f"mask.{ending}", dict(quality=60 if min(colour) >= 100 else 75)
-        Image.fromarray(disk[..., None] * np.uint8(colour)).save(file, **how.get(ending, lossy))
-        mask = np.asarray(evaluate.read_mask(file))
-        if max(colour) >= 100 or ending in ("jpg", "tif", "mpo"):
-            assert set(np.unique(mask)) == {0, 255}
-            assert abs((mask > 0).sum() / disk.sum() - 1) < 0.04, colour
-            assert min(colour) < 100 or np.mean((mask > 0) != disk) < 0.02
+    how = dict(tif=dict(compression="jpeg"), jp2=dict(irreversible=True, quality_layers=[20]))
+    for ending in ("jpg", "webp", "tif", "jp2", "mpo", "avif"):
+        for colour in colours:
+            file, lossy = tmp_path / f"x.{ending}", dict(quality=60 if min(colour) >= 100 else 75)
+            Image.fromarray(disk[..., None] * np.uint8(colour)).save(file, **how.get(ending, lossy))
+            mask = np.asarray(evaluate.read_mask(file))
+            if max(colour) >= 100 or ending in ("jpg", "tif", "mpo"):
+                assert set(np.unique(mask)) == {0, 255}
+                assert abs((mask > 0).sum() / disk.sum() - 1) < 0.04, (ending, colour)
+                assert min(colour) < 100 or np.mean((mask > 0) != disk) < 0.02
 
 
 def test_what_is_warned_of(tmp_path, capsys):
@@ -1267,14 +1262,11 @@ def test_from_files_to_the_toolboxs_numbers(tmp_path, task, name):
     model.config, model.forward = {"image_size": 32}, lambda x: 2 * x.mean(1, True) + x[:, :1]
     pairs, made, rng = make_pairs(tmp_path, "Imgs + GT", "abcdef"), [], np.random.default_rng(0)
     for i, (_, image_file, mask_file) in enumerate(pairs):
-        width, height = 30 + 7 * i, 60 - 5 * i
-        coarse = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
-        coarse.resize((width, height)).save(image_file)
-        mask = Image.new("L", (width + (i == 2), height))
-        draw = ImageDraw.Draw(mask)
-        draw.ellipse((5, 5, 25, 20), fill={3: 1, 4: 128}.get(i, 255))
-        if i == 4:  # the full-size protocol's threshold is above 128
-            draw.ellipse((15, 10, 25, 20), fill=129)
+        image = Image.fromarray(rng.integers(0, 256, (5, 5, 3), dtype=np.uint8))
+        image.resize((30 + 7 * i, 60 - 5 * i)).save(image_file)
+        mask = Image.new("L", (30 + 7 * i + (i == 2), 60 - 5 * i))
+        for box, faint in (((5, 5, 25, 20), 128), ((15, 10, 25, 20), 129)):  # full-size: above 128
+            ImageDraw.Draw(mask).ellipse(box, fill={3: 1, 4: faint}.get(i, 255))
         mask.save(mask_file)
         x = normalised(np.asarray(Image.open(image_file).resize((32, 32), 2)))
         logits, mask = torch.from_numpy(2 * x.mean(-1) + x[..., 0]), np.asarray(mask)
@@ -1363,13 +1355,8 @@ def in_a_process(command: list[str], arguments: str = "") -> subprocess.Complete
 
 def watched(patch: pytest.MonkeyPatch, owner, name: str, look=lambda *args: args) -> list:
     """What a function is called with, or what `look` sees of it, as it is called from now on."""
-    seen, function = [], getattr(owner, name)
-
-    def watch(*args, **options):
-        seen.append(look(*args))
-        return function(*args, **options)
-
-    patch.setattr(owner, name, watch)
+    seen, call = [], getattr(owner, name)
+    patch.setattr(owner, name, lambda *a, **how: (seen.append(look(*a)), call(*a, **how))[1])
     return seen
 
 
@@ -2463,47 +2450,44 @@ def test_which_device_and_how_many_workers_are_used(options, monkeypatch, capsys
 # Your own data; runs show what they do, and end well; the README
 
 
-# images, masks as people have them: a pair of each, and another
-PAIRED = """
-21_training.tif 22_training.tif                  | 21_manual1.gif 22_manual1.gif                 | DRIVE
-case_001_0000.png case_002_0000.png              | case_001.png case_002.png                     | nnU-Net
-a/a_000019_leftImg8bit.png b/b_000019_leftImg8bit.png | a/a_000019_gtFine_labelIds.png b/b_000019_gtFine_labelIds.png | Cityscapes
-ISIC_0000000.jpg ISIC_0000001.jpg                | ISIC_0000000_segmentation.png ISIC_0000001_segmentation.png | ISIC
-00087a6bd4dc_01.jpg 0d1a9caf4350_02.jpg          | 00087a6bd4dc_01_mask.gif 0d1a9caf4350_02_mask.gif | Carvana
-0001TP_006690.png Seq05VD_f00000.png             | 0001TP_006690_L.png Seq05VD_f00000_L.png      | CamVid
-train_1.bmp testA_2.bmp                          | train_1_anno.bmp testA_2_anno.bmp             | GlaS
-img_1.png img_2.png                              | mask_1.png mask_2.png                         | prefixes
-photo 1.png photo 2.png                          | photo 1 mask.png photo 2 mask.png             | blanks
-1.png 2.png                                      | 1.mask.png 2.mask.png                         | dots
-x/1.png y/1.png                                  | x/1.png y/1.png                               | folders below
-a.png a_1.png b.png                              | a_mask.png a_1_mask.png b_mask.png            | a word more
-1.png 2.png 3.png                                | 1.png 2.png 3.png                             | the same
-1.png 2.png 3.png                                | 10.png 20.png 30.png                          |
-1.png 2.png 3.png                                | 1.png 2.png                                   |
-1.png 2.png                                      | 1.png 2.png 3.png                             |
-x/1.png y/1.png                                  | 1.png 2.png                                   |
-a-1.png a_1.png b_2.png                          | m_a-1.png m_a_1.png m_b_2.png                 |
-"""
-
-
-@pytest.mark.parametrize("image_names, mask_names, told", cases(PAIRED))
-def test_two_folders_said_outright(tmp_path, image_names, mask_names, told):
+def test_two_folders_said_outright(tmp_path):
     """Paired by path and name, else by names without the words that all of a side share."""
-    folders = tmp_path / "Bilder", tmp_path / "mes masques"
-    images = [folders[0] / name for name in re.split(r"(?<=\.\w{3}) ", image_names)]
-    masks = [folders[1] / name for name in re.split(r"(?<=\.\w{3}) ", mask_names)]
-    for file in images + masks:
-        file.parent.mkdir(parents=True, exist_ok=True)
-        Image.new("L", (8, 8)).save(file)
-    root = "{},{}".format(*folders)
-    if not told:
-        with refused("images without a partner: .* names must agree but for"):
-            found_in(root, evaluate.TRAIN)
-        return
-    for splits in (evaluate.TRAIN, evaluate.VALIDATION, evaluate.TEST):
-        s = found_in(root, splits)
-        assert (s.name, s.folder, s.split) == (tmp_path.name, root, None)
-        assert [pair[1:] for pair in s.pairs] == sorted(zip(images, masks, strict=True))
+    for image_names, mask_names, told in cases("""
+        21_training.tif 22_training.tif                  | 21_manual1.gif 22_manual1.gif                 | DRIVE
+        case_001_0000.png case_002_0000.png              | case_001.png case_002.png                     | nnU-Net
+        a/a_000019_leftImg8bit.png b/b_000019_leftImg8bit.png | a/a_000019_gtFine_labelIds.png b/b_000019_gtFine_labelIds.png | Cityscapes
+        ISIC_0000000.jpg ISIC_0000001.jpg                | ISIC_0000000_segmentation.png ISIC_0000001_segmentation.png | ISIC
+        00087a6bd4dc_01.jpg 0d1a9caf4350_02.jpg          | 00087a6bd4dc_01_mask.gif 0d1a9caf4350_02_mask.gif | Carvana
+        0001TP_006690.png Seq05VD_f00000.png             | 0001TP_006690_L.png Seq05VD_f00000_L.png      | CamVid
+        train_1.bmp testA_2.bmp                          | train_1_anno.bmp testA_2_anno.bmp             | GlaS
+        img_1.png img_2.png                              | mask_1.png mask_2.png                         | prefixes
+        photo 1.png photo 2.png                          | photo 1 mask.png photo 2 mask.png             | blanks
+        1.png 2.png                                      | 1.mask.png 2.mask.png                         | dots
+        x/1.png y/1.png                                  | x/1.png y/1.png                               | folders below
+        a.png a_1.png b.png                              | a_mask.png a_1_mask.png b_mask.png            | a word more
+        1.png 2.png 3.png                                | 1.png 2.png 3.png                             | the same
+        1.png 2.png 3.png                                | 10.png 20.png 30.png                          |
+        1.png 2.png 3.png                                | 1.png 2.png                                   |
+        1.png 2.png                                      | 1.png 2.png 3.png                             |
+        x/1.png y/1.png                                  | 1.png 2.png                                   |
+        a-1.png a_1.png b_2.png                          | m_a-1.png m_a_1.png m_b_2.png                 |
+    """):
+        place = tmp_path / f"{image_names} {mask_names}".replace("/", "_")
+        folders = place / "Bilder", place / "mes masques"
+        images = [folders[0] / name for name in re.split(r"(?<=\.\w{3}) ", image_names)]
+        masks = [folders[1] / name for name in re.split(r"(?<=\.\w{3}) ", mask_names)]
+        for file in images + masks:
+            file.parent.mkdir(parents=True, exist_ok=True)
+            Image.new("L", (8, 8)).save(file)
+        root = "{},{}".format(*folders)
+        if not told:
+            with refused("images without a partner: .* names must agree but for"):
+                found_in(root, evaluate.TRAIN)
+            continue
+        for splits in (evaluate.TRAIN, evaluate.VALIDATION, evaluate.TEST):
+            s = found_in(root, splits)
+            assert (s.name, s.folder, s.split) == (place.name, root, None)
+            assert [pair[1:] for pair in s.pairs] == sorted(zip(images, masks, strict=True)), told
 
 
 def test_two_folders_in_both_scripts(here, run):
@@ -2530,9 +2514,8 @@ def test_two_folders_in_both_scripts(here, run):
     make_pairs(here / "a,b[1]", "photos + masques", "pqrstuvwxyz")
     make_pairs(here / "c", "x + y")
     make_pairs(here, "one + one", "abc", ending="_mask")
-    one = "one/*.jpg,one/*_mask.png"
-    flags = f"--data a,b[1]/photos,a,b[1]/masques {one} --val c/x,c/y --epochs 1 --out run"
-    ended = run(train, f"{TINY} {flags}")
+    flags = "--data a,b[1]/photos,a,b[1]/masques one/*.jpg,one/*_mask.png --val c/x,c/y --epochs 1"
+    ended = run(train, f"{TINY} {flags} --out run")
     ended.says("train: a,b[1]: 11 images in a,b[1]/photos, masks in a,b[1]/masques, no splits")
     ended.says("train: one: 3 images in one, masks in one, no splits")
     ended.says("val:   c: 2 images in c/x, masks in c/y, no splits")
