@@ -860,38 +860,36 @@ def found_in(root: Path | str, splits: tuple = evaluate.TEST, **how) -> evaluate
     return found
 
 
-LAYOUTS = """  root | folders of the train split, if it has splits | test sets, and their folders
-DUTS       | DUTS-TR/DUTS-TR-Image + DUTS-TR/DUTS-TR-Mask | DUTS-TE                    | DUTS-TE/DUTS-TE-Image + DUTS-TE/DUTS-TE-Mask
-ECSSD      |                                              | ECSSD                      | images + ground_truth_mask
-DUT-OMRON  |                                              | DUT-OMRON                  | DUT-OMRON-image + pixelwiseGT-new-PNG
-HKU-IS     |                                              | HKU-IS                     | imgs + gt
-PASCAL-S   |                                              | PASCAL-S                   | Imgs + masks
-Pascal_S   |                                              | Pascal_S                   | Image + gt
-COD        | TrainDataset/Imgs + TrainDataset/GT          | CAMO CHAMELEON COD10K NC4K | TestDataset/{}/Imgs + TestDataset/{}/GT
-older      | TrainDataset/Image + TrainDataset/GT         | CAMO                       | TestDataset/CAMO/Image + TestDataset/CAMO/GT
-ISTD       | train/train_A + train/train_B                | ISTD                       | test/test_A + test/test_B
-CAMO-V.1.0 | Images/Train + GT                            | CAMO-V.1.0                 | Images/Test + GT
-mine       |                                              | mine                       | My-IMAGES + my_Masks
-yolo       | images/train + masks/train                   | yolo                       | images/test + masks/test
-mmseg      | img_dir/Training + ann_dir/Training          | mmseg                      | img_dir/Test + ann_dir/Test
-"""
-
-
-@pytest.mark.parametrize("layout, train_folders, tests, folders", cases(LAYOUTS)[1:])
-def test_layouts(tmp_path, layout, train_folders, tests, folders):
-    root = tmp_path / layout
-    train_pairs = make_pairs(root, train_folders, "tu") if train_folders else []
-    test_pairs = {n: make_pairs(root, folders.replace("{}", n)) for n in tests.split()}
-    if layout == "ISTD":  # _C is the shadow-free image
-        (root / "train/train_C").mkdir()
-    for given in (root, tmp_path):  # named, or by a folder above
-        found = evaluate.find_sets([given], evaluate.TEST)
-        assert {s.name: s.pairs for s in found} == test_pairs
-        assert all(s.split == ("test" if train_pairs else None) for s in found)
-    s = found_in(root, evaluate.TRAIN)
-    assert s.pairs == (train_pairs or next(iter(test_pairs.values())))
-    if s.folder != str(root):  # the split's own folder, named
-        assert found_in(s.folder)[::3] == (s.name, s.pairs)
+def test_layouts(tmp_path):
+    """A layout, folders of its train split if it has splits, its test sets, their folders."""
+    for layout, train_folders, tests, folders in cases("""
+        DUTS       | DUTS-TR/DUTS-TR-Image + DUTS-TR/DUTS-TR-Mask | DUTS-TE                    | DUTS-TE/DUTS-TE-Image + DUTS-TE/DUTS-TE-Mask
+        ECSSD      |                                              | ECSSD                      | images + ground_truth_mask
+        DUT-OMRON  |                                              | DUT-OMRON                  | DUT-OMRON-image + pixelwiseGT-new-PNG
+        HKU-IS     |                                              | HKU-IS                     | imgs + gt
+        PASCAL-S   |                                              | PASCAL-S                   | Imgs + masks
+        Pascal_S   |                                              | Pascal_S                   | Image + gt
+        COD        | TrainDataset/Imgs + TrainDataset/GT          | CAMO CHAMELEON COD10K NC4K | TestDataset/{}/Imgs + TestDataset/{}/GT
+        older      | TrainDataset/Image + TrainDataset/GT         | CAMO                       | TestDataset/CAMO/Image + TestDataset/CAMO/GT
+        ISTD       | train/train_A + train/train_B                | ISTD                       | test/test_A + test/test_B
+        CAMO-V.1.0 | Images/Train + GT                            | CAMO-V.1.0                 | Images/Test + GT
+        mine       |                                              | mine                       | My-IMAGES + my_Masks
+        yolo       | images/train + masks/train                   | yolo                       | images/test + masks/test
+        mmseg      | img_dir/Training + ann_dir/Training          | mmseg                      | img_dir/Test + ann_dir/Test
+    """):
+        above, root = tmp_path / f"above {layout}", tmp_path / f"above {layout}" / layout
+        train_pairs = make_pairs(root, train_folders, "tu") if train_folders else []
+        test_pairs = {n: make_pairs(root, folders.replace("{}", n)) for n in tests.split()}
+        if layout == "ISTD":  # _C is the shadow-free image
+            (root / "train/train_C").mkdir()
+        for given in (root, above):
+            found = evaluate.find_sets([given], evaluate.TEST)
+            assert {s.name: s.pairs for s in found} == test_pairs, layout
+            assert all(s.split == ("test" if train_pairs else None) for s in found), layout
+        s = found_in(root, evaluate.TRAIN)
+        assert s.pairs == (train_pairs or next(iter(test_pairs.values()))), layout
+        if s.folder != str(root):  # the split's own folder, named
+            assert found_in(s.folder)[::3] == (s.name, s.pairs), layout
 
 
 def test_the_words_that_name_folders():
@@ -979,17 +977,6 @@ def test_which_folders_and_files_count(tmp_path, monkeypatch, capsys):
         found_in(folder / "d.heic")
     s = found_in(folder / "b.jpg", need_masks=False)
     assert str(s) == f"photos: 1 images in {folder}, no masks, no splits"
-
-
-@pytest.mark.skipif(sys.getfilesystemencoding() != "utf-8", reason="no accents in file names")
-def test_names_with_accents(score):
-    """macOS writes an accent as a character of its own; in images, masks and maps alike."""
-    composed, apart = "K\u00fcche", "Ku\u0308che"
-    make_pairs(Path("d"), "Imgs + GT", (apart,))
-    Path(f"d/GT/{apart}.png").rename(f"d/GT/{composed}.png")
-    score(f"{CKPT} --data d --save maps").says("1 maps in maps/d")
-    Path(f"maps/d/{apart}.png").rename(f"maps/d/{composed}.png")
-    score(f"{MAPS} --data d").says("d: 1 images")
 
 
 def test_data_that_cannot_be_used_is_one_error(tmp_path):
@@ -1084,22 +1071,18 @@ def test_what_is_warned_of(tmp_path, capsys):
     grey, alpha, dot = mask.convert("RGB"), mask.convert("RGBA"), Image.new("L", mask.size)
     alpha.putalpha(mask)
     dot.putpixel((1, 1), 255)
-    red, deep = grey.point([*range(256), *[0] * 512]), np.full((40, 48), 1000, np.uint16)
+    red = grey.point([*range(256), *[0] * 512])
+    deep = Image.fromarray(np.full((40, 48), 1000, np.uint16))
     coloured = "masks have colours or a varying alpha, and are read by brightness"
     turned = "photos or masks are turned by their EXIF, which is ignored beside a"
     bits = "files have more than 8 bits per channel; values above"
-    files = [
-        ("mask.png", m, "", b"") for m in (mask, grey, mask.convert("P"), mask.convert("RGBA"))
-    ]
+    files = [("mask.png", m, "", b"") for m in (mask, grey, *map(mask.convert, ("P", "RGBA")))]
     files += [("mask.png", m, coloured, b"") for m in (alpha, red)]
     files += [("mask.png", dot, "masks are empty once resized for the network", b"")]
     files += [("mask.png", mask, turned, EXIF[6]), ("photo.jpg", photo, turned, EXIF[6])]
     files += [("photo.jpg", photo, turned, EXIF[3]), ("photo.jpg", photo, "", EXIF[1])]
-    files += [
-        ("photo.png", photo, "", BROKEN_EXIF),
-        ("photo.png", Image.fromarray(deep), bits, b""),
-    ]
-    files += [("photo.tif", Image.fromarray(np.float32(deep)), bits, b"")]
+    files += [("photo.png", photo, "", BROKEN_EXIF), ("photo.png", deep, bits, b"")]
+    files += [("photo.tif", deep.convert("F"), bits, b"")]
     for name, image, warning, exif in files:
         image.save(tmp_path / name, exif=exif)
         changed = {"mask" if name == "mask.png" else "image": tmp_path / name}
@@ -1230,8 +1213,7 @@ def test_metrics_by_hand(protocol, beta):
     for height, width in ((1, 1), (1, 2), (2, 1)):
         for value in (False, True):
             sample = maps[0, :height, :width], np.full((height, width), value)
-            metrics = metrics_of([sample], "sod", protocol)
-            assert all(0 <= metric <= 2 for metric in metrics.values())
+            assert all(0 <= m <= 2 for m in metrics_of([sample], "sod", protocol).values())
     # BER: a map in which nothing reaches the threshold, stretched or not; one that is right in part.
     mask = np.arange(10) < [[4]] * 10
     faint = np.full((10, 10), 0.3, np.float32)
@@ -2407,7 +2389,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run, monkeypat
     loss_of, left = train.bce_iou, [*factors]
     monkeypatch.setattr(train, "bce_iou", lambda *batch: loss_of(*batch) * left.pop())
     message = "epoch 1: the loss became nan or infinite; nothing is"
-    run(train, f"{SMALL} --epochs 1 --out run").refuses(message)
+    run(train, f"{SMALL} --data data/train --epochs 1 --out run").refuses(message)
     assert not left and not Path("run/last.pt").exists()
 
 
@@ -2588,6 +2570,13 @@ def test_photographs_and_maps(score):
     Path("new").mkdir()
     for _ in range(2):  # beside a table, and once more
         score(f"{CKPT} --data ECSSD --save new --csv new/table.csv").says()
+    if sys.getfilesystemencoding() == "utf-8":  # macOS writes an accent as a character of its own
+        composed, apart = "K\u00fcche", "Ku\u0308che"
+        ((_, _, mask),) = make_pairs(Path("d"), "Imgs + GT", (apart,))
+        mask.rename(mask.with_stem(composed))
+        score(f"{CKPT} --data d --save apart").says("1 maps in apart/d")
+        Path(f"apart/d/{apart}.png").rename(f"apart/d/{composed}.png")
+        score("--maps apart --data d --workers 0").says("d: 1 images")
     # Cut-outs and colour maps are scored by brightness, and that is said.
     grey = Image.fromarray(soft_map(np.random.default_rng(0), 40, 48)[0])
     cutout = Image.new("RGBA", grey.size, "white")
@@ -2611,11 +2600,10 @@ def test_photographs_and_maps(score):
 
 def test_a_log_file_gets_a_line_now_and_then(monkeypatch):
     monkeypatch.setattr(evaluate, "tqdm", lambda items, *what, **how: {"items": items, **how})
-    for terminal, interval in ((True, None), (False, 300)):
+    for terminal, when in ((True, None), (False, 300)):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         shown = evaluate.progress(range(3), "epoch 1", 3)
-        seen = [shown.get(name) for name in ("items", "delay", "mininterval")]
-        assert seen == [range(3), interval, interval]
+        assert [shown.get(k) for k in ("items", "delay", "mininterval")] == [range(3), when, when]
     values = dict(desc="epoch 1", n_fmt=5, total_fmt=9, elapsed="05:00", remaining="04:00")
     line = shown["bar_format"].format(**values, postfix=", loss=1")
     assert line == "epoch 1: 5 of 9, 05:00 elapsed, 04:00 left, loss=1\n"
@@ -2670,13 +2658,10 @@ def test_handlers_are_put_back(usual_signals, monkeypatch):
     known = handlers()
     assert all(callable(handler) and handler not in known for handler in handlers(evaluate.run))
     # torchrun's others do not wait for Python.
-    for name, expected in (
-        ("evaluate.RANK", [signal.SIG_DFL] * 2),
-        ("builtins.__IPYTHON__", known),
-    ):
+    for name, left in (("evaluate.RANK", [signal.SIG_DFL] * 2), ("builtins.__IPYTHON__", known)):
         with monkeypatch.context() as patch:
             patch.setattr(name, 1, raising=False)
-            assert handlers(evaluate.run) == expected
+            assert handlers(evaluate.run) == left
     assert handlers() == known
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     assert handlers(evaluate.run)[0] == handlers()[0] == signal.SIG_IGN
