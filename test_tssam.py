@@ -1041,7 +1041,7 @@ def test_images_masks_and_maps_of_every_kind(tmp_path):
         assert np.abs(read - levels).max() <= 1 and read.max() == 255
     Image.fromarray(levels.astype(np.uint8)).save(tmp_path / "map.jpg")
     assert len(np.unique(evaluate.read_grey(tmp_path / "map.jpg")[0])) > 50
-    # Masks in lossy files are cut at half of their own maximum: the area is right within 4 %, whatever the colour.
+    # Masks in lossy files are cut at half of their maximum: whatever the colour, the area is right.
     disk = np.hypot(*np.mgrid[-60:60, -80:80]) < 40
     colours = [(v, v, v) for v in (1, 10, 100, 127, 128, 150, 255)]
     colours += [(255, 0, 0), (128, 0, 0), (0, 128, 0), (0, 0, 255), (0, 255, 0)]
@@ -1209,7 +1209,7 @@ def test_metrics_by_hand(protocol, beta):
         for value in (False, True):
             sample = maps[0, :height, :width], np.full((height, width), value)
             assert all(0 <= m <= 2 for m in metrics_of([sample], "sod", protocol).values())
-    # BER: a map in which nothing reaches the threshold, stretched or not; one that is right in part.
+    # BER: nothing of a faint map reaches the threshold, stretched or not.
     mask = np.arange(10) < [[4]] * 10
     faint = np.full((10, 10), 0.3, np.float32)
     half = faint.copy()
