@@ -951,7 +951,8 @@ def append_csv(path: Path, *rows: dict) -> None:
     with path.open("a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.seek(0)
         header = file.readline()
-        if header.strip() not in ("", CSV_HEADER):
+        is_whole = file.read()[-1:] in ("", "\n")
+        if header.strip() not in ("", CSV_HEADER) or not is_whole:
             raise InputError(
                 f"--csv: {path} was not written by this version of evaluate.py; pass another"
             )
@@ -1072,7 +1073,7 @@ def number(least: float, kind: type = int) -> Callable[[str], float]:
     """The type of an option that is a number."""
 
     def number(text: str) -> float:
-        if not least <= kind(text):
+        if not least <= kind(text) < 2**32:
             raise ValueError
         return kind(text)
 

@@ -481,7 +481,7 @@ def claim_out(args: Namespace, resumed: bool) -> TextIO:
     try:
         import fcntl
 
-        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         raise InputError(
             f"--out: {args.out} is in use by another run; pass another folder"
