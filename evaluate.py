@@ -122,7 +122,7 @@ def score_objects(prediction: np.ndarray, mask: np.ndarray, protocol: Protocol) 
         e_measure = result_of(py_sod_metrics.Emeasure())["em"]["curve"]
         row = dict(
             S=result_of(py_sod_metrics.Smeasure())["sm"],
-            E=e_measure,
+            E=e_measure * (mask.size > 1),  # it divides by the number of pixels less one
             # What py_sod_metrics calls beta is beta^2.
             wF=result_of(py_sod_metrics.WeightedFmeasure(beta=protocol.beta_squared))["wfm"],
             MAE=result_of(py_sod_metrics.MAE())["mae"],
@@ -650,7 +650,7 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
     for s in datasets:
         if need_masks and s.pairs[0].mask is None:
             raise InputError(
-                f"{s.folder}: no images beside masks for the {splits[0]} split (only evaluate.py --save"
+                f"{s.folder}: no images beside masks for the {splits[0]} split (evaluate.py --save"
                 f" needs none); {advice(Path(s.folder))}"
             )
     return datasets

@@ -355,7 +355,7 @@ def describe_run(args: Namespace, **pairs: list[Pair]) -> dict:
     """What last.pt remembers of a run: its options, its number of images, their first and last name."""
     run = {name: value for name, value in vars(args).items() if name not in NOT_REMEMBERED}
     run["data"] = absolute(args.data)
-    if not held_out_fraction(args.val):
+    if args.val and not held_out_fraction(args.val):
         run["val"] = absolute(args.val)
     if args.sam_checkpoint != "random":
         run["sam_checkpoint"] = None  # the encoder's description has it
@@ -428,9 +428,9 @@ def held_out_fraction(val: list[str] | None) -> float:
     return float(val[0]) if val and re.fullmatch(r"0?\.\d+", val[0]) else 0
 
 
-def absolute(roots: list[str] | None) -> list[str]:
+def absolute(roots: list[str]) -> list[str]:
     """What --data takes, with absolute paths."""
-    named = map(evaluate.named_folders, roots or ())
+    named = map(evaluate.named_folders, roots)
     return [",".join(os.path.abspath(path) for path in paths) for paths in named]
 
 
