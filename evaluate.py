@@ -806,8 +806,10 @@ def match(images: Files, others: Files, more: bool = False) -> list[Path]:
     for named in (dict, without_shared_words):
         a = named(images)
         b = named(others)
-        if a.keys() <= b.keys() and (more or len(a) == len(b)):
-            return [b[name] for name in a]
+        if a.keys() <= b.keys():
+            if more or len(a) == len(b):
+                return [b[name] for name in a]
+            break
     alone = []
     for files, partners in ((a, b), (b, a)):
         names = [str(file) for name, file in files.items() if name not in partners]

@@ -653,33 +653,31 @@ def test_sam_weights_at_other_sizes(tmp_path, size):
 @torch.no_grad()
 def test_released_checkpoints(tmp_path):
     """All names together are held by the parity test; here: which model a file is, and what is wrong with it."""
+    file = tmp_path / "theirs.pth"
     for high_freq, task in ((False, "sod or cod"), (True, "shadow")):
         source = tiny(1, high_freq=high_freq).eval()
         released = under_released_names(source)
-        torch.save(released, tmp_path / "theirs.pth")
-        rebuilt, info = load_checkpoint(tmp_path / "theirs.pth")
-        assert info["task"] == task and rebuilt.config == source.config
-        assert torch.equal(rebuilt.eval()(images()), source(images()))
-    wrapped = {"model": {f"module.{name}": t for name, t in released.items()}}
-    torch.save(wrapped, tmp_path / "theirs.pth")
-    rebuilt, _ = load_checkpoint(tmp_path / "theirs.pth")
-    assert torch.equal(rebuilt.eval()(images()), source(images()))
+        for content in (released, {"model": {f"module.{n}": t for n, t in released.items()}}):
+            torch.save(content, file)
+            rebuilt, info = load_checkpoint(file)
+            assert info["task"] == task and rebuilt.config == source.config
+            assert torch.equal(rebuilt(images()), source(images()))
     gate = "image_encoder.mrm_blocks.0.fpn1.6.res_gate.0.weight"
     target = tiny(2, high_freq=True).eval()
     before = target(images())
     extra = {**released, "mask_decoder.extra": torch.zeros(1)}
     for broken, message in (
-        ({k: v for k, v in released.items() if k != gate}, f"{gate} is missing"),
-        (extra, "mask_decoder.extra is unexpected"),
+        ({k: v for k, v in released.items() if k != gate}, rf"{gate} is missing, not \(16, 16\)"),
+        (extra, r"1 tensors do not fit: mask_decoder.extra is \(1,\), not known$"),
         ({**released, gate: torch.zeros(3, 16)}, rf"{gate} is \(3, 16\), not \(16, 16\)"),
-        ({}, r"is missing; .*, and \d+ more"),
+        ({}, r"state dict: \d{3} tensors do not fit: (\S+ is missing, not \([\d, ]+\)(; )?){3}$"),
     ):
         with refused(message):
             load_released(target, broken)
     assert torch.equal(target(images()), before)
-    torch.save(extra, tmp_path / "extra.pth")
-    with refused("extra.pth: mask_decoder.extra is unexpected"):
-        load_checkpoint(tmp_path / "extra.pth")
+    torch.save(extra, file)
+    with refused("theirs.pth: 1 tensors do not fit: mask_decoder.extra"):
+        load_checkpoint(file)
 
 
 def checkpoint(path: Path, model: TSSAM, sam: Path | None = None, task="sod", **info) -> Path:
@@ -697,76 +695,71 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path, monke
     model = build_tssam("tiny", SIZE, True, sam, csa_blocks=[1, 3], mrm_blocks=(0, 2))
     model(images())  # the batch norms' statistics must come back too
     path = checkpoint(tmp_path / "best.pt", model, sam, task="shadow", epoch=3)
-    stored = load(path)
+    logits, stored = model.eval()(images()), load(path)
     assert not any(name.startswith("image_encoder") for name in stored["trained"])
     assert not list(tmp_path.glob("*.tmp"))
     for given in (None, sam):  # remembered, and named
         rebuilt, info = load_checkpoint(path, given)
         assert (info["task"], info["epoch"], rebuilt.config) == ("shadow", 3, model.config)
-        assert torch.equal(rebuilt.eval()(images()), model.eval()(images()))
+        assert torch.equal(rebuilt(images()), logits) and not rebuilt.training
     moved = sam.rename(tmp_path / "moved.pth")  # the published weights again, then
     with monkeypatch.context() as patch:
         patch.setattr(tssam, "sam_weights", lambda name: moved)
-        assert torch.equal(load_checkpoint(path)[0](images()), model(images()))
-    moved.rename(sam)
-    assert not rebuilt.training
+        assert torch.equal(load_checkpoint(path)[0](images()), logits)
     # Another encoder, by one number of any part: as a LoRA that was merged.
     for name in ("blocks.3.mlp.lin2.bias", "patch_embed.proj.weight", "neck.1.bias"):
-        state = load(sam)
+        state = load(moved)
         state[f"image_encoder.{name}"].view(-1)[0] += 1e-3
         torch.save(state, tmp_path / "other.pth")
         for trained in (path, checkpoint(tmp_path / "random.pt", model)):
             with refused(".pt: trained on another encoder than .*other"):
                 load_checkpoint(trained, tmp_path / "other.pth")
-    rebuilt, _ = load_checkpoint(tmp_path / "random.pt")
-    assert torch.equal(rebuilt.eval()(images()), model(images()))
+    assert torch.equal(load_checkpoint(tmp_path / "random.pt")[0](images()), logits)
     del stored["trained"]["ffd.head.bias"]
     torch.save(stored, path)
-    with refused("best.pt: ffd.head.bias is missing$"):
-        load_checkpoint(path)
+    with refused(r"best.pt: 1 tensors do not fit: ffd.head.bias is missing, not \(1,\)$"):
+        load_checkpoint(path, moved)
 
 
-def test_files_without_sams_weights_are_refused(tmp_path):
-    path, other = sam_file(tmp_path / "sam.pth", SIZE), tmp_path / "other.pth"
+def test_files_that_are_refused(tmp_path):
+    """Anything but tensors and plain values is refused unread."""
+    path, other = sam_file(tmp_path / "sam.pth", SIZE), tmp_path / "x.pth"
     state = load(path)
     renamed = {f"vision_{name}": t for name, t in state.items()}
     incomplete = {n: t for n, t in state.items() if not n.endswith("blocks.3.norm1.weight")}
     for sam, content, message in (
-        ("vit_b", state, ": contains the tiny encoder, not vit_b; pass --sam tiny or another"),
-        ("tiny", renamed, ": contains no SAM encoder; its tensors are vision_image_enc"),
-        ("tiny", incomplete, ", as SAM's tiny encoder: blocks.3.norm1.weight is missing"),
+        (
+            "vit_b",
+            state,
+            r"177 tensors do not fit: pos_embed is \(1, 4, 4, 64\), not \(1, 4, 4, 768",
+        ),
+        ("tiny", renamed, "65 tensors do not fit: pos_embed is missing"),
+        ("tiny", incomplete, "1 tensors do not fit: blocks.3.norm1.weight is missing"),
     ):
         torch.save(content, other)
-        with refused(f"other.pth{message}"):
+        with refused(f"x.pth, as the encoder of --sam {sam}: {message}"):
             build_tssam(sam, 64, sam_checkpoint=other)
     nested = {"model": "vit_b", "state_dict": {f"module.{n}": t for n, t in state.items()}}
     for wrapped in ({"model": state, "epoch": 3}, nested):
         torch.save(wrapped, other)
         encoder = build_tssam("tiny", SIZE, sam_checkpoint=other).image_encoder
         assert torch.equal(encoder.pos_embed, state["image_encoder.pos_embed"])
-
-
-def test_files_that_are_no_checkpoints_are_refused(tmp_path):
-    path = sam_file(tmp_path / "x.pth", SIZE)
-    for broken in (path.read_bytes()[:1000], b"<html>", b""):
-        path.write_bytes(broken)
-        with refused("x.pth: not a checkpoint, or not a whole one; torch.load says"):
-            load_checkpoint(path)
+    unreadable = r"cannot be read as a checkpoint \({}\); pass a state_dict\(\) saved with torch"
     for content, message in (
-        # Anything but tensors and plain values is refused unread.
-        ({"f": functools.partial(print)}, r"contains Python objects, .* save its state_dict\(\)"),
+        (path.read_bytes()[:1000], unreadable.format("RuntimeError")),
+        (b"<html>", unreadable.format("UnpicklingError")),
+        (b"", unreadable.format("EOFError")),
+        ({"f": functools.partial(print)}, unreadable.format("UnpicklingError")),
         ([1], "contains a list"),
         ({1: 2}, "contains a dict"),
         ({"a": 1}, "neither .* nor one of the authors' code .*; it contains a"),
     ):
-        torch.save(content, path)
+        other.write_bytes(content) if isinstance(content, bytes) else torch.save(content, other)
         with refused(f"x.pth: {message}"):
-            load_checkpoint(path)
-    with refused("nowhere.pth: no such file"):
-        load_checkpoint(tmp_path / "nowhere.pth")
-
-
-def test_models_that_there_are_not():
+            load_checkpoint(other)
+    for name, reason in (("nowhere.pth", "No such file or directory"), ("", "Is a directory")):
+        with refused(unreadable.format(reason)):
+            load_checkpoint(tmp_path / name)
     for arguments, message in (
         (("vit_x",), "no encoder is called 'vit_x'"),
         (("tiny", 100), "100 is not a positive multiple of 16"),
@@ -785,13 +778,10 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, error):
         watched(monkeypatch, os, name, lambda *_, name=name: steps.append(name))
     tssam.write_atomically(path, lambda file: file.write_text("whole"))
     assert steps == ["fsync", "replace"]
-
     full = error("no space left\nat all")
-    message = r"last.pt: cannot be written \(no space left\); the previous file is untouched$"
-    with refused(message):
+    with refused(r"last.pt: cannot be written \(no space left\); the previous file is untouched$"):
         tssam.write_atomically(path, lambda file: (file.write_text("half"), fail_with(full)))
     assert [p.read_text() for p in tmp_path.iterdir()] == ["whole"]
-
     # Temporary names have a fixed length.
     path, seen = tmp_path / ("b" * 251 + ".png"), []
     tssam.write_atomically(path, lambda file: (seen.append(file), file.touch()))
@@ -805,30 +795,29 @@ def test_download(tmp_path, monkeypatch):
         "vit_l sam_vit_l_0b3195.pth 3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
         "vit_h sam_vit_h_4b8939.pth a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ]
-    public, folder = tmp_path / "public", tmp_path / "checkpoints"
+    assert tssam.SAM_URL == "https://dl.fbaipublicfiles.com/segment_anything/"
+    public, path = tmp_path / "public", tmp_path / "checkpoints" / "sam_b.pth"
     public.mkdir()
     handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(public))
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    assert tssam.SAM_URL == "https://dl.fbaipublicfiles.com/segment_anything/"
-    monkeypatch.setattr(tssam, "SAM_URL", f"http://127.0.0.1:{server.server_port}/")
-    files = {"vit_b": ("sam_b.pth", hashlib.sha256(b"weights").hexdigest())}
-    monkeypatch.setattr(tssam, "SAM_FILES", files)
-    where = f"get {tssam.SAM_URL}sam_b.pth and put it at {folder / 'sam_b.pth'}"
-    with refused(re.escape(where)):  # 404
-        tssam.sam_weights("vit_b", folder)
-    (public / "sam_b.pth").write_bytes(b"weightz")
-    with refused(re.escape(where)):  # wrong hash
-        tssam.sam_weights("vit_b", folder)
-    assert list(folder.iterdir()) == []
-    (public / "sam_b.pth").write_bytes(b"weights")
-    assert tssam.sam_weights("vit_b", folder).read_bytes() == b"weights"
-    server.shutdown()
-    server.server_close()
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        monkeypatch.setattr(tssam, "SAM_URL", f"http://127.0.0.1:{server.server_port}/")
+        files = {"vit_b": ("sam_b.pth", hashlib.sha256(b"weights").hexdigest())}
+        monkeypatch.setattr(tssam, "SAM_FILES", files)
+        where = re.escape(f"get {tssam.SAM_URL}sam_b.pth and put it at {path}")
+        for content in (None, b"weightz", b"weights"):  # 404, a wrong hash
+            if content:
+                (public / "sam_b.pth").write_bytes(content)
+            if content != b"weights":
+                with refused(where):
+                    tssam.sam_weights("vit_b", path.parent)
+                assert list(path.parent.iterdir()) == []
+        assert tssam.sam_weights("vit_b", path.parent).read_bytes() == b"weights"
+        server.shutdown()
     # There already: not asked for again.
-    assert tssam.sam_weights("vit_b", folder) == folder / "sam_b.pth"
+    assert tssam.sam_weights("vit_b", path.parent) == path
     with refused("tiny: no weights are published for it"):
-        tssam.sam_weights("tiny", folder)
+        tssam.sam_weights("tiny", path.parent)
 
 
 # -------------------------------------------------------------------------------------------------
@@ -1465,7 +1454,8 @@ def test_the_best_epoch(run, monkeypatch, task, scores, marked):
     best = load("run/best.pt")
     assert (best["epoch"], best["metrics"][metric]) == (epoch, score)
     assert f"best:  {metric} {score:.4f}, run/best.pt" in ended.out
-    assert f"{metric}: {score:.4g} in epoch {epoch}" in texts[-4:] and "epochs 1 to 4" in texts
+    titles = [text for text in map(str, texts) if text.startswith(f"{metric}: ")]
+    assert titles[-1] == f"{metric}: {score:.4g} in epoch {epoch}" and "epochs 1 to 4" in texts
     # The learning rate falls along a cosine.
     rates = [1e-7 + (8e-4 - 1e-7) * (1 + math.cos(math.pi * i / 4)) / 2 for i in range(4)]
     assert [float(row["lr"]) for row in read_rows("run/log.csv")] == pytest.approx(rates, rel=1e-9)
@@ -2149,10 +2139,12 @@ def test_what_each_part_costs_and_progress(monkeypatch, capsys):
     pixels, c, f = 16 * 16, 256, 128
     ffd = 9 * f * (c * pixels + 4 * f * pixels + 2 * f * pixels + 2 * f * 4 * pixels)
     ffd += 9 * f * (16 * f * pixels + 2 * f * 4 * pixels + 2 * f * 16 * pixels) + f * 16 * pixels
-    costs = {"14 CSA .* 5,284,352": 2 * (13 * 768 * c + c * c) * pixels, "FFD .* 1,771,393": ffd}
+    costs = {"14 CSA.* 5,284,352": 2 * (13 * 768 * c + c * c) * pixels, "FFD.* 1,771,393": ffd}
     costs[r"embedding of F_csa\^0 .* 196,864"] = 768 * c * pixels
     for line, multiply_adds in costs.items():
-        assert re.search(rf"^  {line} .* {multiply_adds / 1e9:.1f} G mul", table, re.M), table
+        assert re.search(rf"^  {line} parameters +{multiply_adds / 1e9:.1f} G mul", table, re.M), (
+            table
+        )
     assert table.startswith("TS-SAM_B, one image of 256 x 256\n")
     assert re.search("^  together +11,892,865 trained ", table, re.M)
     *billions, total = map(float, re.findall(r" ([\d.]+) G mul", table, re.M))
@@ -2306,7 +2298,7 @@ def test_what_is_validated_on_and_shown(here, run):
         picture = np.asarray(Image.open(f"run/{name}")).astype(int)
         assert picture.shape == (4 * 200, 600 if name == "samples.png" else 400, 3)
     red, green, blue = np.moveaxis(picture[:, :200], -1, 0)
-    assert 0.005 < np.mean((red > 200) & (green < 30) & (blue < 30)) < 0.1  # the outlines
+    assert 0.003 < np.mean((red > 200) & (green < 30) & (blue < 30)) < 0.1  # the outlines
     message = "half/test: no images beside masks for the val split"
     run(train, f"{TINY} --data half --val half/test --epochs 1 --out other").refuses(message)
     make_pairs(here / "own", "images + masks", "abcdefghij")
