@@ -847,9 +847,9 @@ def advice(root: Path) -> str:
     for one, two in permutations(list(images)[:40], 2):
         with suppress(InputError):
             match(images[one], images[two])
-            # Of one split rather than of two; and masks are smaller files than photographs.
-            near = len(os.path.commonpath((one, two)))
-            pairs.append((len(images[one]), near, size[one] - size[two], f"{one},{two}"))
+            near = len(os.path.commonpath((one, two)))  # of one split rather than of two
+            if size[one] > 2 * size[two]:  # masks are smaller files than photographs
+                pairs.append((len(images[one]), near, size[one] - size[two], f"{one},{two}"))
     if not pairs:
         return f"name both folders, as in --data IMAGES,MASKS ({POLYGONS})"
     return f"name both folders, as in --data {shlex.quote(max(pairs)[-1])}"
