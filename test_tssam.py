@@ -1721,6 +1721,54 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
     assert run(train, f"{resume} --data moved --val moved/test").code == 0
 
 
+def test_what_a_resumed_run_refuses(here, run, monkeypatch):
+    """Other options and other data, but for the machine's; and what --init starts from."""
+    opened = PermissionError("open in a spreadsheet")
+    with monkeypatch.context() as patch:
+        refuse = lambda source, target: target.name == "log.csv" and fail_with(opened)  # noqa: E731
+        watched(patch, os, "replace", refuse)
+        ended = run(train, f"{SMALL} --epochs 2 --out run").says()
+    assert "warning: run/log.csv: cannot be written (open in a spreadsheet)" in ended.err
+    assert Path("run/best.pt").exists() and not Path("run/log.csv").exists()
+    make_pairs(here / "other", "Imgs + GT", "uvw")
+    checkpoint(here / "model.pt", tiny(image_size=64))
+    for flags, message in cases("""
+        --lr 1e-4                     | lr 0.0001, but in this run 0.0008; start a new run, from its weights with --init
+        --epochs 3                    | epochs 3, but in this run 2; start
+        --task cod                    | task cod, but in this run sod
+        --sam vit_b                   | sam vit_b, but in this run tiny
+        --size 32                     | size 32, but in this run 64
+        --batch-size 4 --accumulate 2 | batch size 4, but in this run 2
+        --recipe released             | recipe released, but in this run paper
+        --precision bf16              | precision bf16, but in this run fp32
+        --seed 1                      | seed 1, but in this run 0
+        --csa-blocks 1                | csa blocks [1], but in this run None
+        --mrm-blocks 1 2              | mrm blocks [1, 2], but in this run None
+        --demo                        | demo True, but in this run False
+        --init run/best.pt            | init run/best.pt, but in this run None
+        --accumulate 2                | micro batch 1, but in this run 2; choose processes x --accumulate so that it is
+        --data data/test              | training images 3 (x.jpg to z.jpg), but in this run 5 (a.jpg to e.jpg)
+        --val other                   | validation images 3 (u.jpg to w.jpg), but in this run 3 (x.jpg to z.jpg)
+    """):
+        run(train, f"--resume --out run --workers 0 {flags}").refuses(f"error: --resume: {message}")
+    run(train, "--resume --out new").refuses(
+        "--data: pass the dataset to train on, or with --out the"
+    )
+    run(train, f"{SMALL} --init model.pt --out new").refuses(
+        "model.pt: trained on another encoder; p"
+    )
+    ended = run(train, "--data data --batch-size 2 --device cpu --init model.pt --out new")
+    assert "downloading" not in ended.refuses("model.pt belongs to tiny, not vit_h; pass --sam").out
+    task = f"{SMALL} --init run/best.pt --task shadow --out new"
+    run(train, task).refuses(
+        "run/best.pt: 2 tensors do not fit: high_freq_embedding.weight is missing"
+    )
+    flags = "--val other --accumulate 2 --grad-checkpoint --epochs 1 --out v"
+    assert run(train, f"{SMALL} {flags}").code == 0
+    assert run(train, "--resume v --workers 0").code == 0
+    assert load("v/last.pt")["run"]["grad_checkpoint"]
+
+
 def test_two_processes_take_the_step_of_one(here, run):
     make_pairs(here / "data", "train/Imgs + train/GT", "abcdefgh")
     flags = f"{SMALL} --batch-size 8 --epochs 1 --lr 1e-2"
@@ -2155,6 +2203,8 @@ def test_what_each_part_costs_and_progress(monkeypatch, capsys):
         monkeypatch.setattr(sys.stderr, "isatty", lambda terminal=terminal: terminal, raising=False)
         shown = evaluate.progress(range(3), "epoch 1", 3)
         assert [shown.get(k) for k in ("items", "delay", "mininterval")] == [range(3), when, when]
+    monkeypatch.setattr(evaluate, "RANK", 1)  # of torchrun's processes the first draws it
+    assert evaluate.progress([], "", 0)["disable"] and not shown["disable"]
     values = dict(desc="epoch 1", n_fmt=5, total_fmt=9, elapsed="05:00", remaining="04:00")
     line = shown["bar_format"].format(**values, postfix=", loss=1")
     assert line == "epoch 1: 5 of 9, 05:00 elapsed, 04:00 left, loss=1\n"
