@@ -1835,12 +1835,7 @@ def test_where_scripts_run(here, run, monkeypatch):
     mask[-1] = 255  # S is nan, of which NumPy warns and the script does not
     Image.fromarray(mask).save("data/test/GT/x.png")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    code = "import io, sys, threading, evaluate, train; write = lambda _, text: sys.__stdout__.write(text)"
-    code += (
-        "; sys.stdout = type('OutStream', (io.TextIOBase,), dict(write=write))()"  # as ipykernel's
-    )
-    code += "; threading.Thread(target=evaluate.run, args=(train.main,)).start()"
-    ended = in_a_process(["-c", code], f"{SMALL} --epochs 1 --out run")
+    ended = in_a_process(["-c", NOTEBOOK], f"{SMALL} --epochs 1 --out run")
     assert ended.returncode == 0 and "epoch 1/1" in ended.stdout and Path("run/best.pt").exists()
     random = "warning: the encoder is random, not SAM's: results say nothing about TS-SAM\n"
     assert ended.stderr == random
@@ -1848,10 +1843,6 @@ def test_where_scripts_run(here, run, monkeypatch):
     assert run(train, f"{SMALL} --epochs 1 --out closed").code == 0
     monkeypatch.setattr(sys, "stdout", None)
     assert run(train, f"{SMALL} --epochs 1 --out none").code == 0
-
-
-CKPT = "--ckpt model.pt --device cpu --workers 0"
-SETS, MAPS = "--data CAMO ECSSD", "--maps maps --workers 0"
 
 
 @pytest.fixture
