@@ -326,12 +326,7 @@ def test_float64_parity_with_the_release(high_freq):
 # -------------------------------------------------------------------------------------------------
 # The model
 
-
-COUNTS = {
-    "vit_b": (14, 13, 11_892_865),
-    "vit_l": (26, 13, 20_403_073),
-    "vit_h": (34, 13, 29_437_569),
-}
+COUNTS = dict(vit_b=(14, 13, 11_892_865), vit_l=(26, 13, 20_403_073), vit_h=(34, 13, 29_437_569))
 
 
 @pytest.mark.parametrize("sam", COUNTS)
@@ -339,42 +334,35 @@ def test_counts(sam):
     with torch.device("meta"):
         model, with_high_freq = build_tssam(sam), build_tssam(sam, high_freq=True)
         whole_sam = sam_model_registry[sam]()
-        theirs = whole_sam.image_encoder
 
     def count(*modules: nn.Module, every: bool = False) -> int:
-        parameters = [p for m in modules for p in m.parameters()]
-        return sum(p.numel() for p in parameters if every or p.requires_grad)
+        return sum(p.numel() for m in modules for p in m.parameters() if every or p.requires_grad)
 
     assert (len(model.csa), len(model.mrm), count(model)) == COUNTS[sam]
     assert count(with_high_freq) == count(model) + 196_864
+    depth = len(model.image_encoder.blocks)
+    assert model.config["mrm_blocks"] == list(range(depth - 12, depth))
     if sam == "vit_b":  # III-C: a baseline that trains SAM's mask decoder, which the FFD replaces
-        decoder = count(whole_sam.mask_decoder, every=True)
-        mrm_and_ffd = count(*model.mrm, model.ffd, every=True)
-        csa_and_embedding = count(*model.csa, model.csa_embedding, every=True)
-        assert (decoder, mrm_and_ffd, csa_and_embedding) == (4_058_340, 6_411_649, 5_481_216)
-        assert mrm_and_ffd - decoder == 2_353_309  # the paper's 2.35 M, beside 5.49 M of CSA
+        parts = [whole_sam.mask_decoder], [*model.mrm, model.ffd], [*model.csa, model.csa_embedding]
+        counts = [count(*part, every=True) for part in parts]
+        assert counts == [4_058_340, 4_058_340 + 2_353_309, 5_481_216]  # 2.35 M more; 5.49 M
     if sam == "vit_h":
         assert count(model, every=True) == 666_463_617  # the paper's 4.4 %
-        assert model.config["mrm_blocks"] == list(range(20, 32))
-    # The encoder is segment-anything's: layers, widths, the epsilon of the norms, windows.
-    ours = model.image_encoder
-    layers = str(ours).replace("EncoderBlock", "Block").replace("ChunkedAttention", "Attention")
-    assert layers == str(theirs)
-    shapes, their_shapes = ({k: v.shape for k, v in e.state_dict().items()} for e in (ours, theirs))
-    assert shapes == their_shapes
-    for a, b in zip(ours.blocks, theirs.blocks, strict=True):
-        assert (a.window_size, a.attn.num_heads) == (b.window_size, b.attn.num_heads)
+
+    def described(encoder: nn.Module) -> tuple:
+        layers = str(encoder).replace("EncoderBlock", "Block").replace("ChunkedAtt", "Att")
+        shapes = {name: tensor.shape for name, tensor in encoder.state_dict().items()}
+        return layers, shapes, [(b.window_size, b.attn.num_heads) for b in encoder.blocks]
+
+    assert described(model.image_encoder) == described(whole_sam.image_encoder)
 
 
-def test_arguments_reach_the_model():
+def test_arguments_and_initialisation():
     model = build_tssam("tiny", 64, True, csa_blocks=(3, 1, 1), mrm_blocks=[0])
     blocks = dict(csa_blocks=[1, 3], mrm_blocks=[0])
     assert model.config == dict(sam="tiny", image_size=64, high_freq=True, **blocks)
     assert (len(model.csa), len(model.mrm), model.training) == (4, 2, True)
-    assert TSSAM("vit_l", 32).config["mrm_blocks"] == list(range(12, 24))
 
-
-def test_initialisation():
     torch.manual_seed(0)
     model = TSSAM("vit_b", 64)
     csa, mrm = model.csa[3], model.mrm[3]
@@ -384,44 +372,47 @@ def test_initialisation():
     assert csa.expand[1].eps == 1e-5 and csa.expand[1].momentum == 0.1  # PyTorch's defaults
     default = nn.Conv2d(256, 128, 3).weight.std().item()  # the FFD's
     assert model.ffd.conv_csa[0].weight.std().item() == pytest.approx(default, rel=0.02)
-    for linear in (model.mrm[3].gate1.w1, model.mrm[3].gate2.w2):
+    for linear in (mrm.gate1.w1, mrm.gate2.w2):
         assert linear.weight.std().item() == pytest.approx(0.02, rel=0.05) and linear.bias is None
 
 
-def test_taps_leave_nothing_behind():
-    model = tiny()
-    encoder, kept = model.image_encoder, []
+def test_taps_live_for_one_pass_of_one_model_in_one_thread():
+    model, kept = tiny(high_freq=True), []
+    blocks = model.image_encoder.blocks
     keep = lambda m, args, output: kept.append(weakref.ref(output))  # noqa: E731
-    probe = encoder.blocks[2].mlp.register_forward_hook(keep)
-    model(images())
+    with blocks[2].mlp.register_forward_hook(keep):
+        model(images())
     gc.collect()
     assert kept[0]() is None  # freed with the graph
-    probe.remove()
-
     fail = functools.partial(fail_with, RuntimeError("half-way"))
-    fails = pytest.raises(RuntimeError, match="half-way")
-    with encoder.blocks[1].register_forward_pre_hook(fail), fails:
+    with blocks[1].register_forward_pre_hook(fail), pytest.raises(RuntimeError, match="half-way"):
         model(images())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    twin = copy.deepcopy(model)  # taps its own encoder
+
+    run, twin = torch.inference_mode()(model.eval()), copy.deepcopy(model)  # taps its own encoder
+    inputs = [images(1, seed=seed) for seed in range(12)]
+    alone = [run(x) for x in inputs]
     with torch.no_grad():
-        alone = model.eval()(images())
-        assert torch.equal(twin.eval()(images()), alone)
+        assert torch.equal(twin(inputs[0]), alone[0])
         for p in twin.parameters():
             p.zero_()
-        assert not twin(images()).any() and torch.equal(model(images()), alone)
+        assert not twin(inputs[0]).any() and torch.equal(model(inputs[0]), alone[0])
+    with ThreadPoolExecutor(4) as pool:
+        together = list(pool.map(run, inputs))
+    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
 
 
 @pytest.mark.parametrize("high_freq", [False, True])
 def test_one_step_and_grad_checkpoint(high_freq):
     """A step moves every trained tensor and nothing of the encoder; recomputing the blocks changes no number."""
-    masks, stepped = (images(2, seed=1)[:, :1] > 0).float(), []
+    masks, stepped = (images(seed=1)[:, :1] > 0).float(), []
     for grad_checkpoint in (False, True):
-        model = tiny(high_freq=high_freq)
+        model, calls = tiny(high_freq=high_freq), []
         model.set_grad_checkpointing(grad_checkpoint)
-        calls, mlp = [], model.image_encoder.blocks[1].mlp
-        mlp.register_forward_pre_hook(lambda *_, calls=calls: calls.append(1))
-        before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+        model.image_encoder.blocks[1].mlp.register_forward_pre_hook(
+            lambda m, _, c=calls: c.append(m)
+        )
+        before = copy.deepcopy(model.state_dict())
         optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=1e-2)
         train.bce_iou(model(images()), masks).backward()
         assert len(calls) == 1 + grad_checkpoint
@@ -431,6 +422,46 @@ def test_one_step_and_grad_checkpoint(high_freq):
             assert torch.equal(tensor, before[name]) == name.startswith("image_encoder."), name
         assert all(p.grad is None for p in model.image_encoder.parameters())
     assert all(torch.equal(stepped[0][name], stepped[1][name]) for name in stepped[0])
+
+
+class Returned(TorchDispatchMode):
+    """The tensors that the operations within returned: all sizes (in elements) and devices."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen = set()
+
+    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
+        result = operator(*args, **(kwargs or {}))
+        for t in filter(torch.is_tensor, tree_leaves(result)):
+            if t.ndim:  # plain numbers may be anywhere
+                self.seen.add((t.untyped_storage().nbytes() // t.element_size(), t.device.type))
+        return result
+
+
+@pytest.mark.parametrize("high_freq", [False, True])
+def test_no_tensor_is_left_on_the_cpu(monkeypatch, high_freq):
+    """Forward and loss with every tensor on a pretended GPU; a checkpoint is written from the CPU."""
+    monkeypatch.setattr(nn.init, "trunc_normal_", lambda tensor, std: tensor)  # looks at values
+    with FakeTensorMode(), torch.no_grad():
+        try:
+            with torch.device("cuda"):
+                model = TSSAM("tiny", 64, high_freq)
+                x, masks = torch.empty(2, 3, 64, 64), torch.empty(2, 1, 64, 64)
+            with Returned() as returned:
+                logits = model(x)
+                for loss_of in (train.bce_iou, train.balanced_bce):
+                    loss_of(logits, masks)
+        except RuntimeError as error:
+            if "CUDA driver" not in str(error):
+                raise
+            pytest.skip("this PyTorch asks the driver about a pretended GPU")
+        assert {device for _, device in returned.seen} == {"cuda"}
+        written = {}
+        monkeypatch.setattr(tssam, "write_atomically", lambda path, save: save("file"))
+        monkeypatch.setattr(torch, "save", lambda content, file: written.update(content))
+        tssam.save_checkpoint("best.pt", model, task="sod", encoder={})
+        assert {t.device.type for t in written["trained"].values()} == {"cpu"}
 
 
 def both_attentions(width: int, heads: int, sides: tuple[int, int]) -> tuple[Attention, Attention]:
@@ -451,126 +482,60 @@ def output_and_gradient(attention: Attention, x: torch.Tensor) -> tuple[torch.Te
     return output.detach(), x.grad
 
 
-class Returned(TorchDispatchMode):
-    """What tensors the operations within returned: all devices, and the largest number of elements."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.devices, self.largest = set(), 0
-
-    def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
-        result = operator(*args, **(kwargs or {}))
-        for t in filter(torch.is_tensor, tree_leaves(result)):
-            self.devices |= {t.device.type} if t.ndim else set()  # plain numbers may be anywhere
-            self.largest = max(self.largest, t.untyped_storage().nbytes() // t.element_size())
-        return result
-
-
-@pytest.mark.parametrize("high_freq", [False, True])
-def test_no_tensor_is_left_on_the_cpu(monkeypatch, high_freq):
-    """Forward and loss with every tensor on a pretended GPU; a checkpoint is written from the CPU."""
-    model = TSSAM("tiny", 64, high_freq)
-    with FakeTensorMode(), torch.no_grad():
-        for module in model.modules():
-            for tensors in (module._parameters, module._buffers):
-                for name, t in tensors.items():
-                    if t is not None:
-                        tensors[name] = torch.empty(t.shape, dtype=t.dtype, device="cuda")
-                        if isinstance(t, nn.Parameter):
-                            tensors[name] = nn.Parameter(tensors[name], t.requires_grad)
-        x, masks = (torch.empty(2, channels, 64, 64, device="cuda") for channels in (3, 1))
-        try:
-            with Returned() as returned:
-                logits = model(x)
-                for loss_of in (train.bce_iou, train.balanced_bce):
-                    loss_of(logits, masks)
-        except RuntimeError as error:
-            if "CUDA driver" not in str(error):
-                raise
-            pytest.skip("this PyTorch asks the driver about a pretended GPU")
-        assert returned.devices == {"cuda"}
-        written = {}
-        monkeypatch.setattr(tssam, "write_atomically", lambda path, save: save("file"))
-        monkeypatch.setattr(torch, "save", lambda content, file: written.update(content))
-        tssam.save_checkpoint("best.pt", model, task="sod", encoder={})
-        assert {t.device.type for t in written["trained"].values()} == {"cpu"}
+ATTENTIONS = """ width, heads, sides of SAM's map, batch and sides of ours
+ 768 12 14 14 3 14 14 | ViT-B's windows, d = 64
+1280 16 14 14 2 14 14 | ViT-H's, d = 80
+ 768 12 16 16 2 16 16 | global at 256 x 256
+1280 16 12 20 1 12 20 | not square
+  64  4  8  8 2 13  9 | maps for which SAM resamples the relative positions"""
 
 
 @pytest.mark.parametrize("scores", [2**18, 2**10])  # all rows of queries at once, and one row
-@pytest.mark.parametrize(
-    "width, heads, sides, shape",
-    [
-        (768, 12, (14, 14), (3, 14, 14)),  # ViT-B's windows, d = 64
-        (1280, 16, (14, 14), (2, 14, 14)),  # ViT-H's, d = 80
-        (768, 12, (16, 16), (2, 16, 16)),  # global at 256 x 256
-        (1280, 16, (12, 20), (1, 12, 20)),  # not square
-        (64, 4, (8, 8), (2, 13, 9)),  # maps for which SAM resamples the relative positions
-    ],
-)
-def test_both_attentions_agree(monkeypatch, width, heads, sides, shape, scores):
+@pytest.mark.parametrize("numbers, why", cases(ATTENTIONS)[1:])
+def test_both_attentions_agree(monkeypatch, numbers, why, scores):
     monkeypatch.setattr(tssam.ChunkedAttention, "SCORES_PER_CHUNK", {"cpu": scores})
-    sam, fused = both_attentions(width, heads, sides)
+    width, heads, h, w, *shape = map(int, numbers.split())
+    sam, fused = both_attentions(width, heads, (h, w))
     x = 0.3 * torch.randn(*shape, width)
     both = (output_and_gradient(attention, x) for attention in (fused, sam))
     for ours, theirs in zip(*both, strict=True):
         assert (ours - theirs).abs().max() <= 5e-6 * theirs.abs().max()
 
 
-def test_no_n_by_n_tensor_is_allocated(monkeypatch):
-    assert tssam.ChunkedAttention.SCORES_PER_CHUNK == {
-        "cpu": 64 * 64 * 64,
-        "cuda": 2**28,
-    }  # a row at 1024
-    monkeypatch.setattr(tssam.ChunkedAttention, "SCORES_PER_CHUNK", {"cpu": 3 * 24 * 576})
-    largest = []
-    for attention in both_attentions(16, 2, (24, 24)):  # N = 576
-        with Returned() as returned:
-            output_and_gradient(attention, torch.randn(1, 24, 24, 16))
-        largest.append(returned.largest)
-    assert largest[0] >= 2 * 576 * 576  # SAM's, of two heads
-    assert largest[1] == 2 * 3 * 24 * 576  # three rows of queries
+def test_memory(monkeypatch):
+    """No N x N tensor is allocated; a gate and a piece of attention store nothing for backward."""
+    scores = tssam.ChunkedAttention.SCORES_PER_CHUNK
+    assert scores == dict(cpu=64 * 64 * 64, cuda=2**28)  # a row at 1024
+    monkeypatch.setitem(scores, "cpu", 3 * 24 * 576)
+    sam, fused = both_attentions(16, 2, (24, 24))  # N = 576
+    tokens, x = torch.randn(1, 24, 24, 16), torch.randn(1, 8, 16, 16, requires_grad=True)
+    with Returned() as of_sam:
+        output_and_gradient(sam, tokens)
+    with Returned() as of_ours:
+        output_and_gradient(fused, tokens)
+    assert max(of_sam.seen)[0] >= 2 * 576 * 576  # of two heads
+    assert max(of_ours.seen)[0] == 2 * 3 * 24 * 576  # three rows of queries
 
+    def stored(module: nn.Module, *inputs: torch.Tensor | int) -> int:
+        """How many numbers a forward pass keeps for backward."""
+        kept = {}
 
-def stored_for_backward(module: nn.Module, *inputs: torch.Tensor) -> int:
-    """How many numbers a forward pass keeps beside the parameters."""
-    known = {t.untyped_storage().data_ptr() for t in module.parameters()}
-    kept = {}
+        def keep(t: torch.Tensor) -> torch.Tensor:
+            size = t.untyped_storage().nbytes() // t.element_size()
+            kept[t.untyped_storage().data_ptr()] = (size, t)
+            return t
 
-    def keep(tensor: torch.Tensor) -> torch.Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in known:
-            kept[storage.data_ptr()] = (storage.nbytes() // tensor.element_size(), tensor)
-        return tensor
+        with torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
+            module(*inputs)
+        return sum(size for size, _ in kept.values())
 
-    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
-        module(*inputs)
-    return sum(count for count, _ in kept.values())
-
-
-def test_what_backward_recomputes_is_not_stored(monkeypatch):
-    """A gate and a piece of attention store nothing: all they would have, stored, is more."""
-    x = torch.randn(1, 8, 16, 16, requires_grad=True)
     mrm = MRM(8, 8).eval()
-    _, attention = both_attentions(16, 2, (24, 24))
-    tokens = torch.randn(1, 24, 24, 16, requires_grad=True)
-
-    lean = stored_for_backward(mrm, x, 0, 0), stored_for_backward(attention, tokens)
+    tokens.requires_grad_()
+    lean = stored(mrm, x, 0, 0), stored(fused, tokens)
     monkeypatch.setattr(tssam, "recompute", lambda function, *args: function(*args))
-    two_maps_of_each_gate = 2 * 8 * (32**2 + 64**2)  # at S/8, S/4
-    assert stored_for_backward(mrm, x, 0, 0) - lean[0] == two_maps_of_each_gate
-    scores_of_two_heads = 2 * 576 * 576
-    assert stored_for_backward(attention, tokens) - lean[1] > scores_of_two_heads
-
-
-def test_threads_share_a_model():
-    """Four threads that call one model get what one thread alone gets."""
-    model = tiny(high_freq=True).eval()
-    inputs = [images(1, seed=seed) for seed in range(12)]
-    run = torch.inference_mode()(model)
-    alone = [run(x) for x in inputs]
-    with ThreadPoolExecutor(4) as pool:
-        together = list(pool.map(run, inputs))
-    assert all(same(a, b) for a, b in zip(together, alone, strict=True))
+    maps_and_weights = 2 * 8 * (32**2 + 64**2) + 4 * 8**2  # two of each of each gate, at S/8, S/4
+    assert stored(mrm, x, 0, 0) - lean[0] == maps_and_weights
+    assert stored(fused, tokens) - lean[1] > 2 * 576 * 576  # the scores of two heads
 
 
 def test_the_encoder_stored_in_bf16_is_what_autocast_makes_of_it():
@@ -588,27 +553,17 @@ def test_the_encoder_stored_in_bf16_is_what_autocast_makes_of_it():
 # Losses
 
 
-def test_bce_iou_by_hand():
-    logits = torch.tensor([[[[0.0, 2.0], [-1.0, 3.0]]], [[[1.0, 1.0], [1.0, -4.0]]]])
-    masks = torch.tensor([[[[1.0, 1.0], [0.0, 0.0]]], [[[0.0, 1.0], [0.0, 0.0]]]])
-    bce, ious = 0.0, []
-    for logit, mask in zip(logits, masks, strict=True):
-        p = [1 / (1 + math.exp(-v)) for v in logit.flatten().tolist()]
-        t = mask.flatten().tolist()
-        bce -= sum(math.log(a if b else 1 - a) for a, b in zip(p, t, strict=True)) / 8
-        inter = sum(a * b for a, b in zip(p, t, strict=True))
-        ious.append(inter / (sum(p) + sum(t) - inter))
-    expected = bce + sum(1 - iou for iou in ious) / 2
-    assert train.bce_iou(logits, masks).item() == pytest.approx(expected, rel=1e-5)
-
-
-def test_balanced_bce_by_hand():
-    logits = torch.tensor([[[[0.5, 2.0]]], [[[-1.0, 3.0]]]])
-    masks = torch.tensor([[[[1.0, 0.0]]], [[[0.0, 0.0]]]])
-    # One positive pixel, three negative ones in the whole batch: P/(P+N) = 1/4, pos_weight = 3.
-    log = [math.log(1 / (1 + math.exp(-v))) for v in (0.5, -2.0, 1.0, -3.0)]
-    expected = 0.25 * -(3 * log[0] + log[1] + log[2] + log[3]) / 4
-    assert train.balanced_bce(logits, masks).item() == pytest.approx(expected, rel=1e-5)
+def test_losses_by_hand():
+    logits = torch.tensor([0.0, 2, -1, 3, 1, 1, 1, -4]).view(2, 1, 2, 2)
+    masks = torch.tensor([1.0, 1, 0, 0, 0, 1, 0, 0]).view(2, 1, 2, 2)
+    p = 1 / (1 + (-logits).exp())
+    log = torch.where(masks > 0, p, 1 - p).log()
+    ious = [(a * b).sum() / (a + b - a * b).sum() for a, b in zip(p, masks, strict=True)]
+    bce_iou = (-log.mean() + 1 - sum(ious) / 2).item()
+    assert train.bce_iou(logits, masks).item() == pytest.approx(bce_iou, rel=1e-5)
+    # Three positive pixels, five negative ones in the whole batch: P/(P+N) = 3/8, pos_weight = 5/3.
+    balanced = -3 / 8 * (5 / 3 * log[masks > 0].sum() + log[masks == 0].sum()).item() / 8
+    assert train.balanced_bce(logits, masks).item() == pytest.approx(balanced, rel=1e-5)
 
 
 @pytest.mark.parametrize("loss_of", [train.bce_iou, train.balanced_bce])
