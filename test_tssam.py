@@ -329,9 +329,7 @@ def test_float64_parity_with_the_release(high_freq):
 
 @pytest.mark.parametrize("sam", ["vit_b", "vit_l", "vit_h"])
 def test_counts(sam):
-    csas, trained = dict(vit_b=(14, 11_892_865), vit_l=(26, 20_403_073), vit_h=(34, 29_437_569))[
-        sam
-    ]
+    csas, size = dict(vit_b=(14, 11_892_865), vit_l=(26, 20_403_073), vit_h=(34, 29_437_569))[sam]
     with torch.device("meta"):
         model, with_high_freq = build_tssam(sam), build_tssam(sam, high_freq=True)
         whole_sam = sam_model_registry[sam]()
@@ -344,7 +342,7 @@ def test_counts(sam):
         return re.sub("Encoder(?=Block)|Chunked", "", str(encoder)), shapes  # heads and windows too
 
     assert described(model.image_encoder) == described(whole_sam.image_encoder)
-    assert (len(model.csa), len(model.mrm), count(model)) == (csas, 13, trained)
+    assert (len(model.csa), len(model.mrm), count(model)) == (csas, 13, size)
     assert count(with_high_freq) == count(model) + 196_864
     assert model.config["mrm_blocks"] == list(range(csas - 14, csas - 2))
     if sam == "vit_b":  # III-C: to train SAM's mask decoder in place of MRM and FFD saves 2.35 M
