@@ -375,14 +375,13 @@ def test_taps_live_for_one_pass_of_one_model_in_one_thread():
     with blocks[1].register_forward_pre_hook(lambda *_: 1 / 0), pytest.raises(ZeroDivisionError):
         model(images())
     assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
-    run, twin = torch.inference_mode()(model.eval()), copy.deepcopy(model)  # taps its own encoder
+    run, twin = torch.inference_mode()(model.eval().requires_grad_(False)), copy.deepcopy(model)
     inputs = [images(1, seed=seed) for seed in range(12)]
     alone = [run(x) for x in inputs]
-    with torch.no_grad():
-        assert torch.equal(twin(inputs[0]), alone[0])
-        for p in twin.parameters():
-            p.zero_()
-        assert not twin(inputs[0]).any() and torch.equal(model(inputs[0]), alone[0])
+    assert torch.equal(twin(inputs[0]), alone[0])  # a copy taps its own encoder
+    for parameter in twin.parameters():
+        parameter.zero_()
+    assert not twin(inputs[0]).any() and torch.equal(model(inputs[0]), alone[0])
     with ThreadPoolExecutor(4) as pool:
         assert all(same(a, b) for a, b in zip(pool.map(run, inputs), alone, strict=True))
 
@@ -407,9 +406,7 @@ def test_a_step_moves_what_is_trained_and_recomputing_changes_nothing(high_freq)
 
 
 class Returned(TorchDispatchMode):
-    """The tensors that the operations within returned: all sizes (in elements) and devices."""
-
-    seen = frozenset()
+    seen = frozenset()  # (elements, device) of all tensors that the operations within returned
 
     def __torch_dispatch__(self, operator, types, args=(), kwargs=None):
         result = operator(*args, **(kwargs or {}))
@@ -471,12 +468,10 @@ def test_both_attentions_agree(monkeypatch, scores):
 
 def test_memory(monkeypatch):
     """No N x N tensor is allocated; a gate and a piece of attention store nothing for backward."""
-    scores = tssam.ChunkedAttention.SCORES_PER_CHUNK
-    assert scores == dict(cpu=64 * 64 * 64, cuda=2**28)  # a row at 1024
-    monkeypatch.setitem(scores, "cpu", 3 * 24 * 576)
+    assert dict(cpu=64**3, cuda=2**28) == tssam.ChunkedAttention.SCORES_PER_CHUNK  # a row at 1024
+    monkeypatch.setitem(tssam.ChunkedAttention.SCORES_PER_CHUNK, "cpu", 3 * 24 * 576)
     mrm, attention = MRM(8, 8).eval(), our_attention(16, 2, 24, 24)  # N = 576
-    x = torch.randn(1, 8, 16, 16, requires_grad=True)
-    tokens = torch.randn(1, 24, 24, 16, requires_grad=True)
+    x, tokens = torch.randn(1, 8, 16, 16), torch.randn(1, 24, 24, 16, requires_grad=True)
     with Returned() as by_sam:
         Attention.forward(attention, tokens).sum().backward()
     with Returned() as by_ours:
