@@ -851,8 +851,8 @@ def advice(root: Path) -> str:
             if size[one] > 2 * size[two]:  # masks are smaller files than photographs
                 pairs.append((len(images[one]), near, size[one] - size[two], f"{one},{two}"))
     if not pairs:
-        return f"name both folders, as in --data IMAGES,MASKS ({POLYGONS})"
-    return f"name both folders, as in --data {shlex.quote(max(pairs)[-1])}"
+        return f"name both, as in --data IMAGES,MASKS or 'x/*.jpg,x/*_mask.png' ({POLYGONS})"
+    return f"these folders pair up: --data {shlex.quote(max(pairs)[-1])}"
 
 
 def plain_name(name: str) -> str:

@@ -568,15 +568,22 @@ def test_released_checkpoints(tmp_path):
     extra = {**released, "mask_decoder.extra": torch.zeros(1)}
     for broken, message in (
         ({k: v for k, v in released.items() if k != gate}, rf"{gate} is missing, not \(16, 16\)"),
-        (extra, r"1 tensors do not fit: mask_decoder.extra is \(1,\), not known$"),
+        ({**released, "epoch": 3}, r"tensors do not fit \(1\): epoch is \(\), not known$"),
+        (extra, r"tensors do not fit \(1\): mask_decoder.extra is \(1,\), not known$"),
         ({**released, gate: torch.zeros(3, 16)}, rf"{gate} is \(3, 16\), not \(16, 16\)"),
-        ({}, r"state dict: \d{3} tensors do not fit: (\S+ is missing, not \([\d, ]+\)(; )?){3}$"),
+        (
+            {},
+            r"state dict: tensors do not fit \(\d{3}\): (\S+ is missing, not \([\d, ]+\)(; )?){3}$",
+        ),
     ):
         with refused(message):
             load_released(target, broken)
     assert torch.equal(target(images()), before)
+    torch.save({k: v for k, v in released.items() if "pos_embed" not in k}, file)
+    with refused("neither a checkpoint of train.py nor one of the authors' code"):
+        load_checkpoint(file)
     torch.save(extra, file)
-    with refused("theirs.pth: 1 tensors do not fit: mask_decoder.extra"):
+    with refused(r"theirs.pth: tensors do not fit \(1\): mask_decoder.extra"):
         load_checkpoint(file)
 
 
@@ -617,7 +624,7 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path, monke
     assert torch.equal(load_checkpoint(tmp_path / "random.pt")[0](images()), logits)
     del stored["trained"]["ffd.head.bias"]
     torch.save(stored, path)
-    with refused(r"best.pt: 1 tensors do not fit: ffd.head.bias is missing, not \(1,\)$"):
+    with refused(r"best.pt: tensors do not fit \(1\): ffd.head.bias is missing, not \(1,\)$"):
         load_checkpoint(path, moved)
 
 
@@ -631,10 +638,10 @@ def test_files_that_are_refused(tmp_path):
         (
             "vit_b",
             state,
-            r"177 tensors do not fit: pos_embed is \(1, 4, 4, 64\), not \(1, 4, 4, 768",
+            r"tensors do not fit \(177\): pos_embed is \(1, 4, 4, 64\), not \(1, 4, 4, 768",
         ),
-        ("tiny", renamed, "65 tensors do not fit: pos_embed is missing"),
-        ("tiny", incomplete, "1 tensors do not fit: blocks.3.norm1.weight is missing"),
+        ("tiny", renamed, r"tensors do not fit \(65\): pos_embed is missing"),
+        ("tiny", incomplete, r"tensors do not fit \(1\): blocks.3.norm1.weight is missing"),
     ):
         torch.save(content, other)
         with refused(f"x.pth, as the encoder of --sam {sam}: {message}"):
@@ -887,7 +894,7 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
         orphan  | TRAIN | images without a partner: 0; partners without an image: 1 such as .*/b
         several | TEST  | several: GT and masks: which. Name the two folders: --data IMAGES,MA
         two     | TRAIN | two contains 2 datasets; pass one or more, as in --data .*two/A .*two/B
-        only    | TEST  | only: no images beside masks for the test split .*name both .*D-TR/Imgs
+        only    | TEST  | only: no images beside masks for the test split .*pair up: .*D-TR/Imgs
         odd     | TEST  | odd: no images beside masks for the test split.*odd/pictures,.*odd/labels
         photos  | TRAIN | photos: no images beside masks.*photos/Imgs,.*photos/elsewhere/GT
         empty   | TEST  | Imgs: no image files there, but 0 others; polygons
@@ -1598,14 +1605,18 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
     # A copy whose best score is never to be reached; one of last.pt alone: there the best starts anew.
     stored = load("cut/last.pt")
     assert stored["epoch"] == 1 and "S" in stored["rows"][0]
-    stored["rows"][0]["S"] = 2.0
     for copied in ("unreached", "alone"):
         shutil.copytree("cut", copied)
-        torch.save(stored, f"{copied}/last.pt")
+    stored["rows"][0]["S"] = 2.0
+    torch.save(stored, "alone/last.pt")
+    torch.save(load("cut/best.pt") | {"metrics": {"S": 2.0}}, "unreached/best.pt")
     run(train, "--resume unreached --workers 0").says("best:  S 2.0000, unreached/best.pt")
     assert load("unreached/best.pt")["epoch"] == 1
     Path("alone/best.pt").unlink()
-    run(train, "--resume alone --workers 0").says("  best  ")
+    ended = run(train, "--resume alone --workers 0").says("  best  ")
+    ended.says("resume: alone has no best.pt; the next epoch is the best so far")
+    score = load("alone/best.pt")["metrics"]["S"]
+    ended.says(f"best:  S {score:.4f}, alone/best.pt")  # not that of the lost one
     assert load("alone/best.pt")["epoch"] == 2
     run(train, resume).says("resume: after epoch 1 of 2\n")
     assert numbers("whole/log.csv") == numbers("cut/log.csv")
@@ -1651,9 +1662,7 @@ def test_what_a_resumed_run_refuses(here, run, monkeypatch):
         --val other                   | validation images 3 (u.jpg to w.jpg), but in this run 3 (x.jpg to z.jpg)
     """):
         run(train, f"--resume --out run --workers 0 {flags}").refuses(f"error: --resume: {message}")
-    run(train, "--resume --out new").refuses(
-        "--data: pass the dataset to train on, or with --out the"
-    )
+    run(train, "--resume --out new").refuses("--data: new has no last.pt to resume; pass the")
     run(train, f"{SMALL} --init model.pt --out new").refuses(
         "model.pt: trained on another encoder; p"
     )
@@ -1661,7 +1670,7 @@ def test_what_a_resumed_run_refuses(here, run, monkeypatch):
     assert "downloading" not in ended.refuses("model.pt belongs to tiny, not vit_h; pass --sam").out
     task = f"{SMALL} --init run/best.pt --task shadow --out new"
     run(train, task).refuses(
-        "run/best.pt: 2 tensors do not fit: high_freq_embedding.weight is missing"
+        "run/best.pt: tensors do not fit (2): high_freq_embedding.weight is missing"
     )
     flags = "--val other --accumulate 2 --grad-checkpoint --epochs 1 --out v"
     assert run(train, f"{SMALL} {flags}").code == 0
@@ -1877,7 +1886,7 @@ def test_what_the_scripts_refuse(score, monkeypatch):
     checkpoint(Path("nan.pt"), model)
     new = f"{SMALL} --epochs 1 --out out"
     table = f"""
-                                             | --data: pass the dataset to train on, or with --out the run to --resume, or try --demo
+                                             | --data: pass the dataset to train on, or try --demo
         {new} --batch-size 8                 | --data: 5 images do not fill a batch of 8; pass a lower --batch-size
         {new} --accumulate 3                 | 2 cannot be split into 1 (processes) x 3 (--accumulate) equal parts
         {new} --lr -1                        | argument --lr: invalid number value: '-1'
@@ -1906,7 +1915,7 @@ def test_what_the_scripts_refuse(score, monkeypatch):
         {CKPT} {SETS} --save ECSSD/Imgs      | --save: ECSSD/Imgs/a.jpg is none of these datasets' maps; pass a new or an
         --ckpt model.pt twin.pt --save both  | --save: takes the maps of one --ckpt
         {CKPT} {SETS} --csv notes.csv        | --csv: notes.csv was not written by this version of evaluate.py
-        {CKPT} --data CAMO/Imgs              | CAMO/Imgs: no images beside masks for the test split (evaluate.py --save needs none); name both folders, as
+        {CKPT} --data CAMO/Imgs              | CAMO/Imgs: no images beside masks for the test split (evaluate.py --save needs none); name both, as in --data IMAGES,MASKS or 'x/*.jpg,x/*_mask.png'
         {CKPT}                               | model.pt: trained without a validation set, or with a fraction held out; pass datasets
         {CKPT} {SETS} --batch-size 0         | argument --batch-size: invalid number value: '0'
         {CKPT} {SETS} --task sod             | --task: goes with --maps; a checkpoint knows its own
@@ -2187,7 +2196,7 @@ def test_two_folders_in_both_scripts(here, run):
     """As an unknown layout proposes; patterns tell images and masks in one folder apart."""
     make_pairs(here / "CVC", "Photos + nested/Truth", "abc", side=80)
     ended = run(train, f"{TINY} --data CVC")
-    command = "name both folders, as in --data CVC/Photos,CVC/nested/Truth"
+    command = "these folders pair up: --data CVC/Photos,CVC/nested/Truth"
     assert ended.code == 2 and ended.err.endswith(f"{command}\n") and len(ended.err) < 160
     Path("CVC/nested").rename("CVC/my nested")
     run(train, f"{TINY} --data CVC").refuses("--data 'CVC/Photos,CVC/my nested/Truth'")

@@ -213,12 +213,23 @@ def main() -> None:
     say(f"model: {args.sam} at {args.size} x {args.size}, {args.precision}; run: {args.out}")
     say(f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}")
 
+    metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
+
+    def score(row: dict) -> float:  # the higher the better
+        return -row["BER"] if metric == "BER" else row["S"]
+
     rows: list[dict] = []  # of log.csv, and of last.pt's epochs
+    best = args.out / "best.pt"
+    best_score = -math.inf  # of best.pt
     if stored:
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])
         rows = stored["rows"]
         say(f"resume: after epoch {len(rows)} of {args.epochs}")
+        if best.exists():
+            best_score = score(tssam.read_checkpoint(best)["metrics"])
+        elif val_pairs:
+            say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
 
     def save(name: str, **info) -> None:
         if RANK == 0:
@@ -227,12 +238,6 @@ def main() -> None:
     def save_last() -> None:
         save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
 
-    metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
-
-    def score(row: dict) -> float:  # the higher the better
-        return -row["BER"] if metric == "BER" else row["S"]
-
-    best = args.out / "best.pt"
     # A run that was stopped in an epoch's validation resumes there.
     is_pending = bool(rows and val_pairs and metric not in rows[-1])
     for epoch in range(len(rows) + (0 if is_pending else 1), args.epochs + 1):
@@ -245,7 +250,8 @@ def main() -> None:
         if val_pairs:
             metrics = validate(model, val_pairs, args)
             row |= metrics
-            if score(row) > max(map(score, rows[:-1]), default=-math.inf) or not best.exists():
+            if score(row) > best_score:
+                best_score = score(row)
                 mark = "  best"
                 save(best.name, metrics=metrics)
         if RANK == 0:
@@ -255,8 +261,8 @@ def main() -> None:
         left = timedelta(seconds=round((args.epochs - epoch) * seconds))
         cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
-    if val_pairs:
-        say(f"best:  {metric} {max(rows, key=score)[metric]:.4f}, {best}")
+    if best_score > -math.inf:
+        say(f"best:  {metric} {abs(best_score):.4f}, {best}")
     say(
         f"next:  python evaluate.py --ckpt {shlex.quote(str(args.out))} --data PHOTOS --save predictions"
     )
@@ -279,11 +285,12 @@ MAY_CHANGE = ("data", "val", "sam_checkpoint", "accumulate", "grad_checkpoint")
 def parse_arguments() -> tuple[Namespace, dict]:
     """The command line, and last.pt of a run to resume ({}: a new run), which fills in what it leaves out."""
     parser = evaluate.Parser(__doc__)
-    source = "experiment; with the source of each default"
     group = parser.add_argument_group("data")
     data = group.add_argument
     train_on = group.add_mutually_exclusive_group().add_argument
-    experiment = parser.add_argument_group(source).add_argument
+    experiment = parser.add_argument_group(
+        "experiment; with the source of each default"
+    ).add_argument
     run = parser.add_argument_group("run").add_argument
     machine = evaluate.add_machine_options(parser)
     # fmt: off
@@ -332,9 +339,8 @@ def parse_arguments() -> tuple[Namespace, dict]:
     if args.demo and not stored:
         args.data = [str(args.out / "DUTS")]
     if args.data is None:
-        raise InputError(
-            "--data: pass the dataset to train on, or with --out the run to --resume, or try --demo"
-        )
+        missing = f"{args.out} has no last.pt to resume; " if args.resume else ""
+        raise InputError(f"--data: {missing}pass the dataset to train on, or try --demo")
     if args.resume and not stored:
         say(f"resume: {args.out} has no last.pt; a new run starts")
     args.epochs = args.epochs or (100 if args.task == "shadow" else 80)

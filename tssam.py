@@ -650,7 +650,7 @@ def read_checkpoint(path: AnyPath) -> dict:
     content = load_file(path)
     if {"config", "trained", "task", "encoder"} <= content.keys():
         return content
-    if "image_encoder.csa_embedding.weight" not in content:
+    if not {"image_encoder.csa_embedding.weight", "image_encoder.pos_embed"} <= content.keys():
         raise InputError(
             f"{path}: neither a checkpoint of train.py nor one of the authors' code (pass SAM's weights"
             f" alone with --sam-checkpoint); it contains {', '.join(list(content)[:3])}, ..."
@@ -736,7 +736,8 @@ def load_file(path: AnyPath) -> dict:
 def copy_tensors(state: StateDict, targets: StateDict, where: AnyPath) -> None:
     """Copy a state dict into the tensors of another: all of them, or an error that names some."""
     given, needed = (
-        {n: tuple(t.shape) for n, t in tensors.items()} for tensors in (state, targets)
+        {n: tuple(getattr(t, "shape", ())) for n, t in tensors.items()}
+        for tensors in (state, targets)
     )
     wrong = [
         f"{name} is {given.get(name, 'missing')}, not {needed.get(name, 'known')}"
@@ -744,7 +745,7 @@ def copy_tensors(state: StateDict, targets: StateDict, where: AnyPath) -> None:
         if given.get(name) != needed.get(name)
     ]
     if wrong:
-        raise InputError(f"{where}: {len(wrong)} tensors do not fit: {'; '.join(wrong[:3])}")
+        raise InputError(f"{where}: tensors do not fit ({len(wrong)}): {'; '.join(wrong[:3])}")
     for name, target in targets.items():
         target.copy_(state[name])
 
