@@ -78,7 +78,9 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is float32, also in convoluti
 # would train with one kernel and validate with another.
 torch.backends.cuda.enable_cudnn_sdp(False)
 # The metrics handle one-sided masks, but NumPy warns on the way.
-warnings.filterwarnings("ignore", "Mean of empty slice", RuntimeWarning)
+warnings.filterwarnings(
+    "ignore", "Mean of empty slice|invalid value|divide by zero", RuntimeWarning
+)
 
 
 def run_network(network: Callable, images: Tensor, precision: str) -> Tensor:
@@ -94,11 +96,6 @@ def run_network(network: Callable, images: Tensor, precision: str) -> Tensor:
 balanced_error = py_sod_metrics.BERHandler(with_dynamic=False, with_adaptive=False)
 
 
-def to_grey(prediction: np.ndarray) -> np.ndarray:
-    """A prediction, floats in [0, 1] (paper) or uint8 (full-size), scaled to [0, 255]."""
-    return prediction if prediction.dtype == np.uint8 else prediction.astype(np.float64) * 255
-
-
 def score_objects(prediction: np.ndarray, mask: np.ndarray, protocol: Protocol) -> dict:
     """An image's metrics for salient or camouflaged objects.
 
@@ -108,31 +105,27 @@ def score_objects(prediction: np.ndarray, mask: np.ndarray, protocol: Protocol) 
     column, counts 0 (source: release).
 
     Args:
-        prediction: (H, W), floats in [0, 1] (paper) or uint8 (full-size).
+        prediction: (H, W), 0 to 255, float64 (paper) or uint8 (full-size).
         mask: (H, W) bool.
     """
     truth = mask.astype(np.uint8) * 255
-    prediction, mask = py_sod_metrics.utils.prepare_data(to_grey(prediction), truth)
+    prediction, mask = py_sod_metrics.utils.prepare_data(prediction, truth)
 
     def result_of(metric) -> dict:
         metric.step(prediction, mask, normalize=False)
         return metric.get_results()
 
-    with np.errstate(all="ignore"):
-        e_measure = result_of(py_sod_metrics.Emeasure())["em"]["curve"]
-        row = dict(
-            S=result_of(py_sod_metrics.Smeasure())["sm"],
-            E=e_measure * (mask.size > 1),  # it divides by the number of pixels less one
-            # What py_sod_metrics calls beta is beta^2.
-            wF=result_of(py_sod_metrics.WeightedFmeasure(beta=protocol.beta_squared))["wfm"],
-            MAE=result_of(py_sod_metrics.MAE())["mae"],
-        )
-        if protocol.full_size:
-            handler = py_sod_metrics.FmeasureHandler(
-                with_dynamic=True, with_adaptive=True, beta=0.3
-            )
-            f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
-            row |= dict(F=f_measure["dynamic"], adpF=f_measure["adaptive"])
+    row = dict(
+        S=result_of(py_sod_metrics.Smeasure())["sm"],
+        E=result_of(py_sod_metrics.Emeasure())["em"]["curve"],
+        # What py_sod_metrics calls beta is beta^2.
+        wF=result_of(py_sod_metrics.WeightedFmeasure(beta=protocol.beta_squared))["wfm"],
+        MAE=result_of(py_sod_metrics.MAE())["mae"],
+    )
+    if protocol.full_size:
+        handler = py_sod_metrics.FmeasureHandler(with_dynamic=True, with_adaptive=True, beta=0.3)
+        f_measure = result_of(py_sod_metrics.FmeasureV2({"F": handler}))["F"]
+        row |= dict(F=f_measure["dynamic"], adpF=f_measure["adaptive"])
     return {name: np.nan_to_num(value) for name, value in row.items()}
 
 
@@ -143,10 +136,9 @@ def score_shadow(prediction: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     nothing else, counts 50 at least.
     """
     positive = np.count_nonzero(mask)
-    found = to_grey(prediction) > 125
+    found = prediction > 125
     counts = py_sod_metrics.FmeasureV2.get_statistics(found, mask, positive, mask.size - positive)
-    with np.errstate(all="ignore"):
-        return counts | {"BER": 100 * np.nan_to_num(balanced_error(**counts))}
+    return counts | {"BER": 100 * np.nan_to_num(balanced_error(**counts))}
 
 
 def average(rows: list[dict], protocol: Protocol) -> dict[str, float]:
@@ -218,8 +210,10 @@ class Prediction(NamedTuple):
     """What the network says about a sample."""
 
     sample: Sample
-    to_score: np.ndarray  # float32 in [0, 1], (S, S) (paper); uint8, of the mask's size (full-size)
-    to_save: np.ndarray | None  # uint8, of the image's own size
+    to_score: (
+        np.ndarray
+    )  # 0 to 255; float64, (S, S) (paper) or uint8, of the mask's size (full-size)
+    to_save: np.ndarray  # uint8, of the image's own size
 
 
 def score_images(
@@ -234,27 +228,35 @@ def score_images(
     save: Path | None = None,
 ) -> Iterator[dict]:
     """Each image's metrics, in order; {} without a mask. `save` is a folder for maps, <name>.png."""
+
+    def save_and_score(prediction: Prediction) -> dict:
+        sample, to_score, to_save = prediction
+        if save is not None:
+            path = save / f"{sample.pair.name}.png"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            save_image(Image.fromarray(to_save), path)
+        return score(to_score, sample.mask, task, protocol)
+
     read = partial(read_sample, size=model.config["image_size"], protocol=protocol)
-    finish = partial(save_and_score, task=task, protocol=protocol, save=save)
     samples = in_threads(read, pairs, workers)
-    predictions = predict(model, samples, protocol, batch_size, precision, save is not None)
-    rows = in_threads(finish, predictions, workers)
+    predictions = predict(model, samples, protocol, batch_size, precision)
+    rows = in_threads(save_and_score, predictions, workers)
     yield from progress(rows, "evaluate", len(pairs))
 
 
-def open_image(path: Path, mode: str | None = None) -> Image.Image:
-    """An image file, converted to `mode` if given. Alpha is dropped (source: release)."""
+def open_image(path: Path) -> Image.Image:
+    """An image file, in memory."""
     try:
         image = Image.open(path)
         image.load()
-        return image.convert(mode) if mode else image
+        return image
     except Exception as error:  # broken files raise anything
         raise InputError(f"{path}: cannot be read as an image ({one_line(error)})") from error
 
 
 def read_image(path: Path, has_mask: bool = False) -> Image.Image:
-    """An image file as RGB. EXIF orientation is applied unless the image has a mask (source: release)."""
-    image = open_image(path, "RGB")
+    """An image file as RGB, without alpha. EXIF orientation is applied unless it has a mask (release)."""
+    image = open_image(path).convert("RGB")
     if not has_mask:
         with suppress(Exception):  # broken EXIF raises anything
             image = ImageOps.exif_transpose(image)
@@ -263,7 +265,7 @@ def read_image(path: Path, has_mask: bool = False) -> Image.Image:
 
 def resize_image(image: Image.Image, size: int) -> np.ndarray:
     """An RGB image resized bilinearly: (S, S, 3) uint8."""
-    return np.asarray(image.resize((size, size), Image.Resampling.BILINEAR))
+    return np.asarray(image.resize((size, size), Image.BILINEAR))
 
 
 def read_grey(path: Path) -> tuple[Image.Image, bool]:
@@ -293,7 +295,7 @@ def read_mask(path: Path) -> Image.Image:
 def foreground(mask: Image.Image, protocol: Protocol, size: int) -> np.ndarray:
     """Binarize a grey mask: (S, S) bool (paper), or of the mask's own size (full-size)."""
     if not protocol.full_size:
-        mask = mask.resize((size, size), Image.Resampling.NEAREST)
+        mask = mask.resize((size, size), Image.NEAREST)
     return np.asarray(mask) > protocol.threshold
 
 
@@ -331,7 +333,6 @@ def predict(
     protocol: Protocol,
     batch_size: int,
     precision: str,
-    save: bool,
 ) -> Iterator[Prediction]:
     """Run the network over samples, in their order."""
     model.eval()
@@ -342,32 +343,19 @@ def predict(
         for sample, logit in zip(batch, run_network(model, images, precision), strict=True):
             if not logit.isfinite().all():
                 raise InputError(
-                    f"{sample.pair.image}: the network's output is not finite; its weights are broken,"
-                    " or --precision fp16 overflows: try bf16 or fp32"
+                    f"{sample.pair.image}: the network's output is not finite; try --precision fp32"
                 )
             if sample.mask is not None and protocol.full_size:
                 to_score = to_map(logit, sample.mask.shape)
             else:
-                to_score = logit[0].sigmoid().cpu().numpy()
-            yield Prediction(sample, to_score, to_map(logit, sample.size) if save else None)
+                to_score = logit[0].sigmoid().cpu().numpy().astype(np.float64) * 255
+            yield Prediction(sample, to_score, to_map(logit, sample.size))
 
 
 def to_map(logit: Tensor, size: tuple[int, int]) -> np.ndarray:
     """Logit (1, S, S) as a map of `size` (H, W): bilinear, sigmoid, rounded to 8 bits; (H, W) uint8."""
     full = F.interpolate(logit[None], size, mode="bilinear", align_corners=False)[0, 0]
     return (full.sigmoid() * 255).round().byte().cpu().numpy()
-
-
-def save_and_score(
-    prediction: Prediction, task: str, protocol: Protocol, save: Path | None
-) -> dict:
-    """Write an image's map to `save`, and score it."""
-    sample, to_score, to_save = prediction
-    if save is not None:
-        path = save / f"{sample.pair.name}.png"
-        path.parent.mkdir(parents=True, exist_ok=True)
-        save_image(Image.fromarray(to_save), path)
-    return score(to_score, sample.mask, task, protocol)
 
 
 def score(prediction: np.ndarray, mask: np.ndarray | None, task: str, protocol: Protocol) -> dict:
@@ -379,14 +367,16 @@ def score(prediction: np.ndarray, mask: np.ndarray | None, task: str, protocol: 
     return score_objects(prediction, mask, protocol)
 
 
-def score_map(pair: Pair, task: str, scale: int) -> dict:
-    """Score a saved map under the full-size protocol; one of another size is resized bilinearly.
+def score_map(pair: Pair, task: str) -> dict:
+    """Score a saved map under the full-size protocol.
 
-    Pixels count `scale` times: 255 for maps of 0 and 1.
+    A map of 0 and 1 counts as 0 and 255; one of another size is resized bilinearly.
     """
     mask = read_mask(pair.mask)
-    grey = read_grey(pair.image)[0].point(lambda v: v * scale)
-    grey = grey.resize(mask.size, Image.Resampling.BILINEAR)  # a copy where sizes agree
+    grey, _ = read_grey(pair.image)
+    if grey.getextrema()[1] == 1:
+        grey = grey.point(lambda v: v * 255)
+    grey = grey.resize(mask.size, Image.BILINEAR)  # a copy where sizes agree
     return score(np.asarray(grey), foreground(mask, FULL_SIZE, 0), task, FULL_SIZE)
 
 
@@ -420,8 +410,7 @@ def parse_arguments() -> Namespace:
     if args.maps:
         if args.save or args.sam_checkpoint or args.precision or args.protocol == "paper":
             raise InputError(
-                "--maps: goes without --save, --sam-checkpoint, --precision and --protocol paper; nothing"
-                " is predicted"
+                "--maps: goes without --save, --sam-checkpoint, --precision and --protocol paper"
             )
         if not args.data:
             raise InputError("--data: pass the datasets that the maps belong to")
@@ -432,6 +421,10 @@ def parse_arguments() -> Namespace:
             raise InputError("--save: takes the maps of one --ckpt; run the others one by one")
         args.precision = args.precision or "fp32"
         check_device(args)
+    if args.save:
+        args.save.mkdir(parents=True, exist_ok=True)
+        if entries(args.save):
+            raise InputError(f"--save: {args.save} is not empty; pass a new folder")
     args.task = args.task or "sod"
     args.protocol = PROTOCOLS[args.protocol or ("full-size" if args.maps else "paper")]
     if args.csv:
@@ -479,8 +472,6 @@ def score_checkpoints(args: Namespace) -> Iterator[tuple]:
                     f"--ckpt: {file}: trained without a validation set, or with a fraction held out; pass datasets with --data"
                 )
             datasets = find_test_sets(info["val"], VALIDATION, args)
-        if args.save:
-            prepare_save(args.save, datasets)
         for dataset in datasets:
             rows = score_images(
                 model,
@@ -496,18 +487,11 @@ def score_checkpoints(args: Namespace) -> Iterator[tuple]:
 
 
 def score_saved_maps(args: Namespace) -> Iterator[tuple]:
-    """Score each dataset's maps, those of 0 and 1 as 0 and 255: (folder of maps, dataset, rows)."""
+    """Score each dataset's maps: (folder of maps, dataset, rows)."""
     for dataset in find_test_sets(args.data, TEST, args):
-        name, _, _, pairs = dataset
-        look = lambda pair: read_grey(pair.image)[0].getextrema()[1]  # noqa: E731
-        tops = list(in_threads(look, pairs, args.workers))
-        are_binary = max(tops) == 1
-        if 1 in tops and not are_binary:
-            file = pairs[tops.index(1)].image
-            warn(f"{name}: {tops.count(1)} maps are of 0 and 1 among others, such as {file}")
-        work = partial(score_map, task=args.task, scale=255 if are_binary else 1)
-        rows = in_threads(work, pairs, args.workers)
-        yield args.maps, dataset, list(progress(rows, "evaluate", len(pairs)))
+        work = partial(score_map, task=args.task)
+        rows = in_threads(work, dataset.pairs, args.workers)
+        yield args.maps, dataset, list(progress(rows, "evaluate", len(dataset.pairs)))
 
 
 def find_test_sets(roots: list[str], splits: tuple[str, ...], args: Namespace) -> list["ImageSet"]:
@@ -538,44 +522,11 @@ def find_maps(maps: Path, dataset: "ImageSet", is_alone: bool) -> "ImageSet":
     return dataset._replace(pairs=pairs)
 
 
-def prepare_save(save: Path, datasets: list["ImageSet"]) -> None:
-    """Make the folder of --save; refuse one with other files than these datasets' maps, or with these."""
-    ours = {save / s.name / f"{pair.name}.png" for s in datasets for pair in s.pairs}
-    ours |= {save / f"overview-{s.name}.png" for s in datasets}
-    read = {file.resolve() for s in datasets for pair in s.pairs for file in pair[1:] if file}
-    save.mkdir(parents=True, exist_ok=True)
-    for file in files_below(save):
-        if file.suffix != ".csv" and (file not in ours or file.resolve() in read):
-            raise InputError(
-                f"--save: {file} is none of these datasets' maps; pass a new or an empty folder"
-            )
-
-
 # -------------------------------------------------------------------------------------------------
 # Datasets: two folders said outright, or known by their names
 
 DATA_HELP = "datasets: folders in a known layout, or IMAGES,MASKS (folders, or patterns of files)"
-EXTENSIONS = [
-    ".avif",
-    ".bmp",
-    ".gif",
-    ".j2k",
-    ".jfif",
-    ".jp2",
-    ".jpe",
-    ".jpeg",
-    ".jpg",
-    ".mpo",
-    ".pbm",
-    ".pgm",
-    ".png",
-    ".pnm",
-    ".ppm",
-    ".tga",
-    ".tif",
-    ".tiff",
-    ".webp",
-]
+EXTENSIONS = ".avif .bmp .gif .j2k .jfif .jp2 .jpe .jpeg .jpg .mpo .pbm .pgm .png .pnm .ppm .tga .tif .tiff .webp"
 
 # Folder names of the datasets as people download them, see `matches`. ISTD's train_c, the image
 # without its shadow, is no mask.
@@ -639,19 +590,11 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
             datasets.append(ImageSet(name_of(folder), root, None, pair_files(*paths)))
         elif root not in files:
             found = find_split(paths[0], splits) or [without_masks(paths[0])]
-            if splits == TRAIN:
-                found = [s for s in found if s.split] or found
-                if len(found) > 1 and not found[0].split:
-                    names = " ".join(s.folder for s in found[:3])
-                    raise InputError(
-                        f"--data: {root} contains {len(found)} datasets; pass one or more, as in --data {names}"
-                    )
-            datasets += found
+            datasets += [s for s in found if s.split or splits != TRAIN] or found
     for s in datasets:
         if need_masks and s.pairs[0].mask is None:
             raise InputError(
-                f"{s.folder}: no images beside masks for the {splits[0]} split (evaluate.py --save"
-                f" needs none); {advice(Path(s.folder))}"
+                f"{s.folder}: no images beside masks for the {splits[0]} split (--save needs none); {advice(Path(s.folder))}"
             )
     return datasets
 
@@ -665,15 +608,13 @@ def find_split(root: Path, splits: tuple[str, ...]) -> list[ImageSet]:
     return found
 
 
-def search(
-    folder: Path, split: str, own_split: str | None = None, depth: int = 4
-) -> Iterator[ImageSet]:
-    """The datasets of a split, and those without splits, in a folder and up to four levels below."""
+def search(folder: Path, split: str, own_split: str | None = None) -> Iterator[ImageSet]:
+    """The datasets of a split, and those without splits, in a folder and below it."""
     images = only(folder, IMAGE_FOLDERS)
     masks = only(folder, MASK_FOLDERS)
     if images is None:
-        for below in folders_in(folder) if depth else ():
-            yield from search(below, split, split_of(below) or own_split, depth - 1)
+        for below in folders_in(folder):
+            yield from search(below, split, split_of(below) or own_split)
     elif own_split in (split, None):
         image_part = split_folder(images, split)
         mask_part = masks and split_folder(masks, split)
@@ -752,17 +693,16 @@ def image_files(folder: Path, files: Iterable[Path] | None = None) -> Files:
 
     Names have accents in one form: macOS writes them as characters of their own.
     """
-    named: Files = {}
+    named = {}
     others = []
     for file in files_below(folder) if files is None else files:
         path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
         name = unicodedata.normalize("NFC", path.with_suffix("").as_posix())
-        if file.suffix.lower() not in EXTENSIONS:
+        if file.suffix.lower() not in EXTENSIONS.split():
             others.append(file)
         elif name in named:
             raise InputError(
-                f"{named[name]} and {file}: the same name but for the extension; name the folders of images"
-                " and masks apart (--data IMAGES,MASKS), and photographs one folder at a time"
+                f"{named[name]} and {file}: one name for two files; pass IMAGES,MASKS, or one folder at a time"
             )
         else:
             named[name] = file
@@ -793,8 +733,6 @@ def pair_files(
     masks = [None] * len(images)
     if mask_folder is not None:
         masks = match(images, image_files(mask_folder), more_masks)
-    if masks == list(images.values()):
-        raise InputError(f"{image_folder}: images and masks are the same; name patterns of each")
     return [Pair(name, images[name], mask) for name, mask in zip(images, masks, strict=True)]
 
 
@@ -815,8 +753,7 @@ def match(images: Files, others: Files, more: bool = False) -> list[Path]:
         names = [str(file) for name, file in files.items() if name not in partners]
         alone.append(f"{len(names)}{f' such as {names[0]}' if names else ''}")
     raise InputError(
-        f"images without a partner: {alone[0]}; partners without an image: {alone[1]};"
-        " names must agree but for words that all of them share"
+        f"images without a partner: {alone[0]}; partners without an image: {alone[1]}; rename or remove them"
     )
 
 
@@ -837,19 +774,18 @@ def without_shared_words(files: Files) -> Files:
 def advice(root: Path) -> str:
     """What to pass as --data for a folder in no known layout: two folders whose names pair up."""
     images = defaultdict(dict)
-    for file in islice(files_below(root), 50_000):
-        if file.suffix.lower() in EXTENSIONS:
+    size = defaultdict(int)
+    for file in files_below(root):
+        if file.suffix.lower() in EXTENSIONS.split():
             images[file.parent][file.stem] = file
-    size = {
-        one: sum(file.stat().st_size for file in files.values()) for one, files in images.items()
-    }
+            size[file.parent] += file.stat().st_size
     pairs = []
     for one, two in permutations(list(images)[:40], 2):
         with suppress(InputError):
             match(images[one], images[two])
             near = len(os.path.commonpath((one, two)))  # of one split rather than of two
             if size[one] > 2 * size[two]:  # masks are smaller files than photographs
-                pairs.append((len(images[one]), near, size[one] - size[two], f"{one},{two}"))
+                pairs.append((len(images[one]), near, f"{one},{two}"))
     if not pairs:
         return f"name both, as in --data IMAGES,MASKS or 'x/*.jpg,x/*_mask.png' ({POLYGONS})"
     return f"these folders pair up: --data {shlex.quote(max(pairs)[-1])}"
@@ -864,7 +800,7 @@ def plain_name(name: str) -> str:
 # A look at the files: warnings of what changes numbers
 
 
-def inspect(pair: Pair, size: int | None, is_map: bool) -> list[str]:
+def inspect(pair: Pair, size: int, is_map: bool) -> list[str]:
     """Possible problems of an image (or a map) and its mask."""
     image = open_image(pair.image)
     mask_file = open_image(pair.mask)
@@ -872,14 +808,11 @@ def inspect(pair: Pair, size: int | None, is_map: bool) -> list[str]:
     levels = mask.histogram()  # how many pixels have each
     above_0 = sum(levels[1:])
     above_128 = sum(levels[129:])
-    is_smaller = size and size < max(mask.size)
-    is_lost = is_smaller and not foreground(mask, PAPER, size).any()
-    is_deep = image.mode[0] == "I" or (image.mode == "F" and not is_map)
-    is_turned = orientation(image) != 1 or orientation(mask_file) != 1
-    is_coloured = not is_grey(mask_file) or (is_map and not is_grey(image))
     problems = {
         "masks are empty": above_0 == 0,
-        "masks are empty once resized for the network": above_0 and is_lost,
+        "masks are empty once resized for the network": (
+            above_0 and 0 < size < max(mask.size) and not foreground(mask, PAPER, size).any()
+        ),
         "masks have no background": levels[0] == 0,
         "masks shrink by a fifth or more from above 0 (training, paper) to above 128 (full-size)": (
             above_128 < 0.8 * above_0
@@ -887,33 +820,37 @@ def inspect(pair: Pair, size: int | None, is_map: bool) -> list[str]:
         "files differ in size from their masks; both are resized independently": (
             image.size != mask.size
         ),
-        "files have more than 8 bits per channel; values above 255 are clipped, so save them with 8": is_deep,
-        "files are turned by their EXIF, or their masks are; beside a mask it is ignored": is_turned,
-        "masks or maps have colours or a varying alpha, and are read by brightness": is_coloured,
+        "files have more than 8 bits per channel; values above 255 are clipped, so save them with 8": (
+            image.mode[0] == "I" or (image.mode == "F" and not is_map)
+        ),
+        "files are turned by their EXIF, or their masks are; beside a mask it is ignored": (
+            orientation(image) != 1 or orientation(mask_file) != 1
+        ),
+        "masks or maps have colours or a varying alpha, and are read by brightness": (
+            not is_grey(mask_file) or (is_map and not is_grey(image))
+        ),
+        "maps are of 0 and 1, and are read as 0 and 255": (
+            is_map and image.mode != "F" and image.convert("L").getextrema()[1] == 1
+        ),
     }
     return [text for text, is_there in problems.items() if is_there]
 
 
 def is_grey(image: Image.Image) -> bool:
     """Whether an image's grey levels are all that it has: no colours, no varying alpha."""
-    if image.mode in ("1", "L", "F") or image.mode[0] == "I":
-        return True
     pixels = np.asarray(image.convert("RGBA"))
     return bool((pixels[..., :3] == pixels[..., :1]).all() and np.ptp(pixels[..., 3]) == 0)
 
 
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1: upright, or unreadable."""
-    try:
+    with suppress(Exception):  # broken EXIF raises anything
         return image.getexif().get(ExifTags.Base.Orientation, 1)
-    except Exception:  # broken EXIF raises anything
-        return 1
+    return 1
 
 
-def check_files(
-    dataset: ImageSet, workers: int, size: int | None = None, are_maps: bool = False
-) -> None:
-    """Look at a dataset's files, and warn of what may be wrong; `size` is S where it is known."""
+def check_files(dataset: ImageSet, workers: int, size: int = 0, are_maps: bool = False) -> None:
+    """Look at a dataset's files, and warn of what may be wrong; `size` is S, or 0: unknown."""
     name, _, _, pairs = dataset
     if pairs[0].mask is None:
         return
@@ -939,8 +876,7 @@ CSV_HEADER = (
 
 def print_metrics(name: str, images: int, metrics: dict[str, float], protocol: Protocol) -> None:
     """Print a dataset's row and, where images and protocol are the paper's, the paper's rows."""
-    decimals = {column: 2 if column.startswith("BER") else 4 for column in metrics}
-    cells = [f"{column} {value:.{decimals[column]}f}" for column, value in metrics.items()]
+    cells = [f"{column} {value:#.4g}" for column, value in metrics.items()]
     say(f"{name:<20}{images:>6} images  {'  '.join(cells)}")
     for line in PUBLISHED.strip().splitlines() if protocol == PAPER else ():
         model, dataset, count, *row = line.split()
@@ -952,9 +888,8 @@ def append_csv(path: Path, *rows: dict) -> None:
     """Append rows to a table, numbers in full precision, and at first the header."""
     with path.open("a+", encoding="utf-8", errors="surrogateescape", newline="") as file:
         file.seek(0)
-        header = file.readline()
-        is_whole = file.read()[-1:] in ("", "\n")
-        if header.strip() not in ("", CSV_HEADER) or not is_whole:
+        header = file.readline().strip()
+        if header not in ("", CSV_HEADER):
             raise InputError(
                 f"--csv: {path} was not written by this version of evaluate.py; pass another"
             )
@@ -967,7 +902,7 @@ def append_csv(path: Path, *rows: dict) -> None:
 def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
     """Draw a dataset's worst, median and best image by S-measure or BER, with the maps in `save`."""
     metric = "BER" if "BER" in rows[0] else "S"
-    order = sorted(range(len(rows)), key=lambda i: rows[i][metric], reverse=metric == "BER")
+    order = np.argsort([row[metric] for row in rows])[:: -1 if metric == "BER" else 1]
     shown = []
     for which, i in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
         pair = dataset.pairs[i]
@@ -1001,7 +936,7 @@ def save_image(image: Image.Image, path: Path) -> None:
 # What both scripts share: threads, messages, options, errors, stopping
 
 
-def launched_as(environment: Mapping[str, str]) -> tuple[int, int, int, int]:
+def launched_as(environment: Mapping) -> tuple[int, int, int, int]:
     """World size, rank, and both within this machine, as torchrun or another launcher says.
 
     Another tool's WORLD_SIZE, without RANK, does not count.
@@ -1071,7 +1006,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
 
 
-def number(least: float, kind: type = int) -> Callable[[str], float]:
+def number(least: float, kind: type = int) -> Callable:
     """The type of an option that is a number."""
 
     def number(text: str) -> float:
@@ -1099,8 +1034,7 @@ def check_device(args: Namespace) -> None:
         args.device = "cuda" if torch.cuda.is_available() else "cpu"
         if args.device == "cpu" and torch.version.cuda:
             warn(
-                f"PyTorch {torch.__version__} finds no GPU, or a driver too old for CUDA"
-                f" {torch.version.cuda}: running on the CPU (--device cpu to say so)"
+                f"no GPU is found, or its driver is too old for CUDA {torch.version.cuda}: running on the CPU"
             )
     if args.device.startswith("cuda:") and WORLD > 1:
         raise InputError(f"--device: each process takes a GPU of its own; leave out {args.device}")
@@ -1179,12 +1113,8 @@ def what_to_do(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     out_of_memory = ("allocate", "out of memory", "ALLOC_FAILED")  # a CPU's, CUDA's, cuBLAS's
-    is_torchs = isinstance(error, RuntimeError) and any(words in text for words in out_of_memory)
-    if is_torchs or isinstance(error, MemoryError):
-        return (
-            f"too little memory ({one_line(error)}); try --grad-checkpoint, --accumulate or --precision"
-            " bf16 in training, or a lower --batch-size, --size or --sam"
-        )
+    if isinstance(error, MemoryError) or any(words in text for words in out_of_memory):
+        return f"too little memory ({one_line(error)}); try --grad-checkpoint, --accumulate, a lower --batch-size"
     return None
 
 

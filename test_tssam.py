@@ -6,7 +6,6 @@ import csv
 import functools
 import gc
 import hashlib
-import http.server
 import math
 import os
 import re
@@ -563,27 +562,19 @@ def test_released_checkpoints(tmp_path):
             assert info["task"] == task and rebuilt.config == source.config
             assert torch.equal(rebuilt(images()), source(images()))
     gate = "image_encoder.mrm_blocks.0.fpn1.6.res_gate.0.weight"
-    target = tiny(2, high_freq=True).eval()
-    before = target(images())
-    extra = {**released, "mask_decoder.extra": torch.zeros(1)}
-    for broken, message in (
-        ({k: v for k, v in released.items() if k != gate}, rf"{gate} is missing, not \(16, 16\)"),
-        ({**released, "epoch": 3}, r"tensors do not fit \(1\): epoch is \(\), not known$"),
-        (extra, r"tensors do not fit \(1\): mask_decoder.extra is \(1,\), not known$"),
-        ({**released, gate: torch.zeros(3, 16)}, rf"{gate} is \(3, 16\), not \(16, 16\)"),
-        (
-            {},
-            r"state dict: tensors do not fit \(\d{3}\): (\S+ is missing, not \([\d, ]+\)(; )?){3}$",
-        ),
+    for change, message in (
+        ({gate: None}, 'Missing key.* "mrm.0.gate2.w1.weight".$'),
+        ({"mask_decoder.extra": torch.zeros(1)}, 'Unexpected key.* "mask_decoder.extra".$'),
+        ({gate: torch.zeros(3, 16)}, "mrm.0.gate2.w1.weight: copying a param .*3, 16.*16, 16"),
     ):
-        with refused(message):
-            load_released(target, broken)
-    assert torch.equal(target(images()), before)
-    torch.save({k: v for k, v in released.items() if "pos_embed" not in k}, file)
-    with refused("neither a checkpoint of train.py nor one of the authors' code"):
-        load_checkpoint(file)
-    torch.save(extra, file)
-    with refused(r"theirs.pth: tensors do not fit \(1\): mask_decoder.extra"):
+        broken = {n: t for n, t in (released | change).items() if t is not None}
+        with refused(f"^state dict: Error.* TSSAM: .*{message}"):
+            load_released(tiny(2, high_freq=True), broken)
+        torch.save(broken, file)
+        with refused(f"theirs.pth: Error.* TSSAM: .*{message}"):
+            load_checkpoint(file)
+    torch.save({n: t for n, t in released.items() if "pos_embed" not in n}, file)
+    with refused("theirs.pth: no checkpoint of train.py or the authors; it contains image_enc"):
         load_checkpoint(file)
 
 
@@ -619,12 +610,12 @@ def test_checkpoints_hold_the_trained_part_and_rebuild_the_model(tmp_path, monke
         state[f"image_encoder.{name}"].view(-1)[0] += 1e-3
         torch.save(state, tmp_path / "other.pth")
         for trained in (path, checkpoint(tmp_path / "random.pt", model)):
-            with refused(".pt: trained on another encoder than .*other"):
+            with refused(".pt: trained on another tiny; pass its --sam, --sam-checkpoint, --se"):
                 load_checkpoint(trained, tmp_path / "other.pth")
     assert torch.equal(load_checkpoint(tmp_path / "random.pt")[0](images()), logits)
     del stored["trained"]["ffd.head.bias"]
     torch.save(stored, path)
-    with refused(r"best.pt: tensors do not fit \(1\): ffd.head.bias is missing, not \(1,\)$"):
+    with refused('best.pt: Error.* Missing key.* "ffd.head.bias".$'):
         load_checkpoint(path, moved)
 
 
@@ -635,17 +626,14 @@ def test_files_that_are_refused(tmp_path):
     renamed = {f"vision_{name}": t for name, t in state.items()}
     incomplete = {n: t for n, t in state.items() if not n.endswith("blocks.3.norm1.weight")}
     for sam, content, message in (
-        (
-            "vit_b",
-            state,
-            r"tensors do not fit \(177\): pos_embed is \(1, 4, 4, 64\), not \(1, 4, 4, 768",
-        ),
-        ("tiny", renamed, r"tensors do not fit \(65\): pos_embed is missing"),
-        ("tiny", incomplete, r"tensors do not fit \(1\): blocks.3.norm1.weight is missing"),
+        ("vit_b", state, 'Missing key.*"blocks.4.norm1.weight"'),
+        ("tiny", renamed, 'Missing key.*"pos_embed"'),
+        ("tiny", incomplete, 'Missing key.* "blocks.3.norm1.weight".$'),
     ):
         torch.save(content, other)
-        with refused(f"x.pth, as the encoder of --sam {sam}: {message}"):
+        with refused(f"x.pth, as the encoder of --sam {sam}: Error.*{message}") as error:
             build_tssam(sam, 64, sam_checkpoint=other)
+        assert len(str(error.value)) < 300 + 150 and "\n" not in str(error.value)
     nested = {"model": "vit_b", "state_dict": {f"module.{n}": t for n, t in state.items()}}
     for wrapped in ({"model": state, "epoch": 3}, nested):
         torch.save(wrapped, other)
@@ -658,8 +646,7 @@ def test_files_that_are_refused(tmp_path):
         (b"", unreadable.format("EOFError")),
         ({"f": functools.partial(print)}, unreadable.format("UnpicklingError")),
         ([1], "contains a list"),
-        ({1: 2}, "contains a dict"),
-        ({"a": 1}, "neither .* nor one of the authors' code .*; it contains a"),
+        ({"a": 1}, "no checkpoint of train.py or the authors; it contains a"),
     ):
         other.write_bytes(content) if isinstance(content, bytes) else torch.save(content, other)
         with refused(f"x.pth: {message}"):
@@ -696,32 +683,27 @@ def test_a_failed_write_leaves_the_file_before_it(tmp_path, monkeypatch, error):
 
 
 def test_download(tmp_path, monkeypatch):
-    """SAM's public URL replaced by a folder of this machine, served over HTTP."""
+    """SAM's public URL replaced by a folder of this machine."""
     assert [f"{sam} {file} {sha256}" for sam, (file, sha256) in tssam.SAM_FILES.items()] == [
         "vit_b sam_vit_b_01ec64.pth ec2df62732614e57411cdcf32a23ffdf28910380d03139ee0f4fcbe91eb8c912",
         "vit_l sam_vit_l_0b3195.pth 3adcc4315b642a4d2101128f611684e8734c41232a17c648ed1693702a49a622",
         "vit_h sam_vit_h_4b8939.pth a7bf3b02f3ebf1267aba913ff637d9a2d5c33d3173bb679e46d9f338c26f262e",
     ]
     assert tssam.SAM_URL == "https://dl.fbaipublicfiles.com/segment_anything/"
-    public, path = tmp_path / "public", tmp_path / "checkpoints" / "sam_b.pth"
-    public.mkdir()
-    handler = functools.partial(http.server.SimpleHTTPRequestHandler, directory=str(public))
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        monkeypatch.setattr(tssam, "SAM_URL", f"http://127.0.0.1:{server.server_port}/")
-        files = {"vit_b": ("sam_b.pth", hashlib.sha256(b"weights").hexdigest())}
-        monkeypatch.setattr(tssam, "SAM_FILES", files)
-        where = re.escape(f"get {tssam.SAM_URL}sam_b.pth and put it at {path}")
-        for content in (None, b"weightz", b"weights"):  # 404, a wrong hash
-            if content:
-                (public / "sam_b.pth").write_bytes(content)
-            if content != b"weights":
-                with refused(where):
-                    tssam.sam_weights("vit_b", path.parent)
-                assert list(path.parent.iterdir()) == []
-        assert tssam.sam_weights("vit_b", path.parent).read_bytes() == b"weights"
-        server.shutdown()
-    # There already: not asked for again.
+    monkeypatch.setattr(tssam, "SAM_URL", f"{tmp_path.as_uri()}/")
+    sha256 = hashlib.sha256(b"weights").hexdigest()
+    monkeypatch.setattr(tssam, "SAM_FILES", {"vit_b": ("sam_b.pth", sha256)})
+    path = tmp_path / "checkpoints" / "sam_b.pth"
+    for content in (None, b"weightz"):  # no such file, a wrong hash
+        if content:
+            (tmp_path / "sam_b.pth").write_bytes(content)
+        where = re.escape(f"; put the file at {path}")
+        with refused(rf"sam_b.pth could not be downloaded \(.*\){where}$"):
+            tssam.sam_weights("vit_b", path.parent)
+        assert list(path.parent.iterdir()) == []
+    (tmp_path / "sam_b.pth").write_bytes(b"weights")
+    assert tssam.sam_weights("vit_b", path.parent).read_bytes() == b"weights"
+    (tmp_path / "sam_b.pth").unlink()  # there already: not asked for again
     assert tssam.sam_weights("vit_b", path.parent) == path
     with refused("tiny: no weights are published for it"):
         tssam.sam_weights("tiny", path.parent)
@@ -873,7 +855,7 @@ def test_which_folders_and_files_count(tmp_path, monkeypatch, capsys):
 
 
 def test_data_that_cannot_be_used_is_one_error(tmp_path):
-    places = "alone more twice several two/A two/B deep/1/2/3/4 deeper/1/2/3/4/5"
+    places = "alone more twice several two/A two/B deep/1/2/3/4/5"
     for place in places.split():
         make_pairs(tmp_path / place, "Imgs + GT", "abc")
     make_pairs(tmp_path / "only", "D-TR/Imgs + D-TR/GT")
@@ -886,14 +868,12 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
     for folder in ("several/masks", "empty/Imgs"):
         (tmp_path / folder).mkdir(parents=True)
     for name, splits, message in cases(r"""
-        more    | TRAIN | images without a partner: 0; partners without an image: 1 such as .*more/GT/b.png; names must
+        more    | TRAIN | images without a partner: 0; partners without an image: 1 such as .*more/GT/b.png; rename or rem
         nowhere | TEST  | nowhere: no such file or folder; .* with --data
         alone   | TRAIN | images without a partner: 1 such as .*alone/Imgs/b.jpg; partners without an image: 0;
-        twice   | TEST  | a.bmp and .*a.jpg: the same name but for the extension; name the folders
-        deeper  | TEST  | deeper: no images beside masks for the test split .*--data '?/.*/Imgs,.*/GT
+        twice   | TEST  | a.bmp and .*a.jpg: one name for two files; pass IMAGES,MASKS, or
         orphan  | TRAIN | images without a partner: 0; partners without an image: 1 such as .*/b
         several | TEST  | several: GT and masks: which. Name the two folders: --data IMAGES,MA
-        two     | TRAIN | two contains 2 datasets; pass one or more, as in --data .*two/A .*two/B
         only    | TEST  | only: no images beside masks for the test split .*pair up: .*D-TR/Imgs
         odd     | TEST  | odd: no images beside masks for the test split.*odd/pictures,.*odd/labels
         photos  | TRAIN | photos: no images beside masks.*photos/Imgs,.*photos/elsewhere/GT
@@ -902,8 +882,9 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
         with refused(message) as error:
             evaluate.find_sets([str(tmp_path / name)], getattr(evaluate, splits))
         assert "\n" not in str(error.value)
-    assert [s.name for s in evaluate.find_sets([tmp_path / "two"], evaluate.TEST)] == ["A", "B"]
-    assert found_in(tmp_path / "deep")
+    for splits in (evaluate.TRAIN, evaluate.TEST):
+        assert [s.name for s in evaluate.find_sets([tmp_path / "two"], splits)] == ["A", "B"]
+    assert found_in(tmp_path / "deep").name == "5"
 
 
 def test_images_masks_and_maps_of_every_kind(tmp_path):
@@ -1044,8 +1025,9 @@ def test_in_threads(count):
 
 def metrics_of(samples: list, task: str, protocol: str) -> dict[str, float]:
     """A dataset's columns, of predictions in [0, 1], in 8 bits for the full-size protocol."""
+    samples = [(grey.astype(float) * 255, mask) for grey, mask in samples]
     if protocol == "full-size":
-        samples = [((255 * grey).round().astype(np.uint8), mask) for grey, mask in samples]
+        samples = [(grey.round().astype(np.uint8), mask) for grey, mask in samples]
     rows = [evaluate.score(*sample, task, evaluate.PROTOCOLS[protocol]) for sample in samples]
     return evaluate.average(rows, evaluate.PROTOCOLS[protocol])
 
@@ -1082,7 +1064,9 @@ def soft_map(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndar
     return grey.clip(0, 255).astype(np.uint8), mask
 
 
-@pytest.mark.filterwarnings("ignore:Mean of empty slice")  # by evaluate.py, but pytest resets it
+@pytest.mark.filterwarnings(
+    "ignore:Mean of empty slice|invalid value"
+)  # by evaluate.py, but pytest resets it
 @pytest.mark.parametrize("protocol, beta", [("paper", 0.3), ("full-size", 1)])
 def test_metrics_by_hand(protocol, beta):
     """Weighted F by Margolin et al.'s definition: the object is found; a pixel 5 away from it is wrong. Its error
@@ -1103,7 +1087,7 @@ def test_metrics_by_hand(protocol, beta):
     whole = metrics_of(samples[:2], "sod", protocol)["S"]
     samples[2][1][:-1] = False  # all foreground in the last row
     assert metrics_of(samples, "sod", protocol)["S"] == pytest.approx(2 / 3 * whole)
-    for height, width in ((1, 1), (1, 2), (2, 1)):
+    for height, width in ((1, 2), (2, 1)):
         for value in (False, True):
             sample = maps[0, :height, :width], np.full((height, width), value)
             assert all(0 <= m <= 2 for m in metrics_of([sample], "sod", protocol).values())
@@ -1169,7 +1153,7 @@ def test_from_files_to_the_toolboxs_numbers(tmp_path, task, name):
         with Image.open(pair.image) as image, Image.open(saved.image) as saved_map:
             assert saved_map.size == image.size and saved_map.mode == "L"
         if name == "full-size" and i != 2:  # the same from saved maps of the mask's size
-            again = evaluate.score_map(saved, task, 1)
+            again = evaluate.score_map(saved, task)
             assert all(np.array_equal(again[column], row[column]) for column in row)
 
 
@@ -1311,12 +1295,6 @@ threading.Thread(target=evaluate.run, args=(train.main,)).start()"""
 CKPT = "--ckpt model.pt --device cpu --workers 0"
 SETS = "--data CAMO ECSSD"
 MAPS = "--maps maps --workers 0"
-TABLES = """  images  TS-SAM_B                  TS-SAM_H                 (Table I: S E wF MAE; Table II: BER)
-CHAMELEON 76      0.912 0.947 0.849 0.023   0.942 0.966 0.900 0.017
-CAMO      250     0.826 0.862 0.753 0.073   0.887 0.925 0.830 0.047
-COD10K    2026    0.863 0.909 0.771 0.029   0.914 0.950 0.856 0.017
-NC4K      4121    0.866 0.900 0.799 0.045   0.905 0.933 0.860 0.032
-ISTD      540     1.11                      1.04"""
 
 
 @pytest.fixture
@@ -1432,21 +1410,6 @@ def test_which_sets_are_used(here, run):
         test_set = f"d{i}/{scored}/Imgs, masks in d{i}/{scored}/GT, {scored} split"
         run(evaluate, f"{ckpt} --data d{i} --save m{i}").says(f"d{i}: 2 images in {test_set}")
         run(evaluate, f"--maps m{i} --data d{i} --workers 0").says(f"masks in d{i}/{scored}/GT")
-    ended = run(train, f"{SMALL} --data data/train --epochs 1 --out none").says("val:   none")
-    assert not Path("none/best.pt").exists()
-    assert run(train, "--resume none --workers 0").code == 0
-    # Of several sets CAMO alone for COD.
-    for folder in ("TestDataset/CAMO", "TestDataset/NC4K", "TrainDataset"):
-        make_pairs(here / "COD", f"{folder}/Imgs + {folder}/GT")
-    ended = run(train, f"{TINY} --data COD --task cod --epochs 1 --out cod").says("val:   CAMO: ")
-    assert "NC4K" not in ended.out
-    run(train, f"{TINY} --data COD --epochs 1 --out sod").says("val:   NC4K: ")
-    # Overlap is seen under another spelling.
-    Path("link").symlink_to("data/train")
-    warning = "warning: some validation images are also training images"
-    for val, overlaps in (("link", True), (here / "data/train", True), ("data/test", False)):
-        ended = run(train, f"{SMALL} --epochs 1 --val {val} --out val-{Path(val).name}")
-        assert ended.code == 0 and (warning in ended.err) == overlaps
 
 
 def stop_in_epoch_2(patch: pytest.MonkeyPatch) -> None:
@@ -1508,7 +1471,7 @@ def test_how_scripts_end(here, usual_signals, monkeypatch, capfd):
         (out / "last.pt").touch()  # from now on
     # Errors that the user can mend are one line and exit code 2; others keep their traceback.
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a process alone waits"))
-    memory = "too little memory ({}); try --grad-checkpoint, --accumulate or --precision bf16"
+    memory = "too little memory ({}); try --grad-checkpoint, --accumulate, a lower --batch-size"
     for error, said in (
         (InputError("--data: wrong"), "--data: wrong"),
         (FileNotFoundError(2, "No such file or directory", "x.jpg"), "x.jpg: No such file"),
@@ -1529,8 +1492,6 @@ def test_how_scripts_end(here, usual_signals, monkeypatch, capfd):
 def test_training_by_hand(here, run, monkeypatch, task, loss, optimizer, flags):
     loss_of, losses = getattr(train, loss), []
     passes = watched(monkeypatch, Block, "forward", lambda block, x: block.training)
-    shown = watched(monkeypatch, evaluate, "draw_samples")
-    make_pairs(here / "data", "test/Imgs + test/GT", "rstuvw")  # beside x, y, z
     ended = run(train, f"{SMALL} --task {task} --epochs 2 --lr 1e-3 --out run {flags}")
     assert (ended.code, ended.out.count("\nepoch ")) == (0, 2), ended.err
     assert "warning: the encoder is random" in ended.err
@@ -1583,23 +1544,15 @@ def test_training_by_hand(here, run, monkeypatch, task, loss, optimizer, flags):
     assert (row["dataset"], row["protocol"]) == ("data", "paper")
     assert best.keys() == ({"BER"} if task == "shadow" else {"S", "E", "wF", "MAE"})
     assert {n: float(cell) for n, cell in list(row.items())[4:-1] if cell} == pytest.approx(best)
-    # The pictures are of the first six.
-    (rows, data), *_, (predicted, samples) = shown
-    assert (data.name, samples.name) == ("data.png", "samples.png")
-    assert [(title, prediction) for title, _, prediction in rows] == [(n, None) for n in "abcde"]
-    assert [(title, s.pair.mask.stem) for title, s, _ in predicted] == [(n, n) for n in "rstuvw"]
-    _, sample, drawn = predicted[2]
-    (prediction,) = evaluate.predict(model.eval(), [sample], PAPER, 2, "fp32", save=True)
-    assert np.array_equal(drawn, prediction.to_save)
 
 
 def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
     new = f"{SMALL} --epochs 2 --lr 1e-3 --precision fp16 --out"
     assert run(train, f"{new} whole").code == 0
-    killed = in_a_process(["-c", STOPPED, "SIGKILL-1"], f"{new} cut")  # before validation
+    killed = in_a_process(["-c", STOPPED, "SIGKILL-2"], f"{new} cut")  # after best.pt and last.pt
     assert killed.returncode == -signal.SIGKILL
     resume = "--resume --out cut --workers 2"
-    stopped = in_a_process(["-c", STOPPED, "SIGTERM-2"], resume)  # after validation
+    stopped = in_a_process(["-c", STOPPED, "SIGTERM-1"], resume)  # between the two
     line = "stopped; `python train.py --resume --out cut` continues after the last whole epoch\n"
     assert stopped.returncode == 130 and stopped.stderr.endswith(line), stopped.stderr
     # A copy whose best score is never to be reached; one of last.pt alone: there the best starts anew.
@@ -1609,9 +1562,9 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
         shutil.copytree("cut", copied)
     stored["rows"][0]["S"] = 2.0
     torch.save(stored, "alone/last.pt")
-    torch.save(load("cut/best.pt") | {"metrics": {"S": 2.0}}, "unreached/best.pt")
+    torch.save(load("cut/best.pt") | {"metrics": {"S": 2.0}, "epoch": 0}, "unreached/best.pt")
     run(train, "--resume unreached --workers 0").says("best:  S 2.0000, unreached/best.pt")
-    assert load("unreached/best.pt")["epoch"] == 1
+    assert load("unreached/best.pt")["epoch"] == 0
     Path("alone/best.pt").unlink()
     ended = run(train, "--resume alone --workers 0").says("  best  ")
     ended.says("resume: alone has no best.pt; the next epoch is the best so far")
@@ -1663,14 +1616,11 @@ def test_what_a_resumed_run_refuses(here, run, monkeypatch):
     """):
         run(train, f"--resume --out run --workers 0 {flags}").refuses(f"error: --resume: {message}")
     run(train, "--resume --out new").refuses("--data: new has no last.pt to resume; pass the")
-    run(train, f"{SMALL} --init model.pt --out new").refuses(
-        "model.pt: trained on another encoder; p"
-    )
-    ended = run(train, "--data data --batch-size 2 --device cpu --init model.pt --out new")
-    assert "downloading" not in ended.refuses("model.pt belongs to tiny, not vit_h; pass --sam").out
+    message = "model.pt: trained on another tiny; pass its --sam, --sam-checkpoint, --seed"
+    run(train, f"{SMALL} --init model.pt --out new").refuses(message)
     task = f"{SMALL} --init run/best.pt --task shadow --out new"
     run(train, task).refuses(
-        "run/best.pt: tensors do not fit (2): high_freq_embedding.weight is missing"
+        "run/best.pt: Error(s) in loading state_dict for TSSAM: Missing key(s)"
     )
     flags = "--val other --accumulate 2 --grad-checkpoint --epochs 1 --out v"
     assert run(train, f"{SMALL} {flags}").code == 0
@@ -1711,8 +1661,8 @@ def test_runs_are_kept_apart(here, run, monkeypatch):
     Path("run/slurm-17.out").touch()
     assert run(train, new).code == 0
     for name in ("last.pt", "best.pt", "log.csv"):
-        message = f"contains a run ({name}); continue it with --resume, or pass a new folder"
-        run(train, new).refuses(f"--out: run {message}, such as --out run-2")
+        message = f"contains a run ({name}); pass --resume, or --out run-2"
+        run(train, new).refuses(f"--out: run {message}")
         Path("run", name).unlink()
     assert Path("run/slurm-17.out").exists()
 
@@ -1779,8 +1729,8 @@ ISTD      540  | BER 1.11                            | BER 1.04
 def test_the_papers_rows(dataset, of_b, of_h, capsys):
     """Printed below a measured row of the whole dataset, under the paper's protocol."""
     name, images = dataset.lower().split()
-    measured = {"new": 0.5} | dict.fromkeys(of_b.split()[::2], 0.12345)
-    shown = re.sub(r"\d\.\d+", "0.12" if name == "istd" else "0.1235", of_b)
+    measured = {"new": 0.5} | dict.fromkeys(of_b.split()[::2], 0.12344)
+    shown = re.sub(r"\d\.\d+", "0.1234", of_b)
     papers = [f"  TS-SAM_B in the paper:  {of_b}", f"  TS-SAM_H in the paper:  {of_h}"]
     for more, protocol, below in ((0, PAPER, papers), (-1, PAPER, []), (0, FULL_SIZE, [])):
         evaluate.print_metrics(f"{name}_Test", int(images) + more, measured, protocol)
@@ -1830,7 +1780,7 @@ def test_tables_and_saved_maps(score, monkeypatch):
 
 
 def test_rows_are_appended_whole(tmp_path):
-    """By several evaluations at once, none is lost; nor are they appended to half a row."""
+    """By several evaluations at once, none is lost."""
     path = tmp_path / "table.csv"
     append = lambda i: evaluate.append_csv(path, dict(model="m" * 500, dataset=i))  # noqa: E731
     append(0)
@@ -1838,9 +1788,6 @@ def test_rows_are_appended_whole(tmp_path):
         list(pool.map(append, range(1, 200)))
     rows = sorted((int(row["dataset"]), row["model"]) for row in read_rows(path))
     assert rows == [(i, "m" * 500) for i in range(200)]
-    path.write_text(path.read_text() + "half a row")
-    with refused("--csv: .* was not written by this version of evaluate.py"):
-        evaluate.append_csv(path)
 
 
 @pytest.mark.filterwarnings("ignore:This class will be removed")
@@ -1861,7 +1808,8 @@ def test_maps_of_other_methods(score, task):
             Image.fromarray(np.asarray(saved)).save(f"{name}/{i}.png")
             samples[name].append((prediction, mask))
     resized = "d: 3 of 3 files differ in size from their masks; both are resized indep"
-    for name, warning in (("grey", ""), ("small", resized), ("ones", "")):
+    ones_are = "d: 3 of 3 maps are of 0 and 1, and are read as 0 and 255 (such as ones/0.png)"
+    for name, warning in (("grey", ""), ("small", resized), ("ones", ones_are)):
         ended = score(f"--maps {name} --data d --task {task} --csv {name}.csv --workers 0")
         assert ended.code == 0 and warning in ended.err and bool(warning) == bool(ended.err)
         (row,) = read_rows(f"{name}.csv")
@@ -1875,9 +1823,9 @@ def test_what_the_scripts_refuse(score, monkeypatch):
         Image.new("L", (48, 40)).save(mask)
     for _, image, _ in make_pairs(Path("broken"), "Imgs + GT", "ab"):
         image.write_bytes(image.read_bytes()[:-500])
-    for _ in range(2):  # its own maps, once more, beside what macOS hides
-        assert score(f"{CKPT} {SETS} --save maps").code == 0
-        Path("maps/.DS_Store").touch()
+    Path("maps").mkdir()
+    Path("maps/.DS_Store").touch()  # macOS's; the folder is empty
+    assert score(f"{CKPT} {SETS} --save maps").code == 0
     Path("maps/ECSSD/b.png").unlink()
     Path("notes.csv").write_text("mine")
     torch.save(nn.Linear(1, 1), "whole.pt")
@@ -1887,15 +1835,14 @@ def test_what_the_scripts_refuse(score, monkeypatch):
     new = f"{SMALL} --epochs 1 --out out"
     table = f"""
                                              | --data: pass the dataset to train on, or try --demo
-        {new} --batch-size 8                 | --data: 5 images do not fill a batch of 8; pass a lower --batch-size
-        {new} --accumulate 3                 | 2 cannot be split into 1 (processes) x 3 (--accumulate) equal parts
+        {new} --batch-size 8                 | --data: 5 images do not fill a batch of 8; lower --batch-size
+        {new} --accumulate 3                 | 2 is no multiple of 1 (processes) x 3 (--accumulate)
         {new} --lr -1                        | argument --lr: invalid number value: '-1'
         {new} --seed -1                      | argument --seed: invalid number value: '-1'
         {new} --size 16000000                | too little memory (
-        {new} --lr 1e9                       | the loss became nan or infinite; nothing is saved yet; start a new run with a
+        {new} --lr 1e9                       | the loss became nan or infinite; nothing is saved yet; try a lower --lr or --prec
         {new} --data black                   | black: 2 of 2 masks are empty (such as black/Imgs/a.jpg); check how black/GT was made
         {new} --data nowhere                 | nowhere: no such file or folder; pass the dataset with --data
-        {new} --data data ./data             | --data: the same images are given twice
         {new} --device cuda:77               | --device: cuda:77 cannot be used here
         {new} --data broken --workers 2      | .jpg: cannot be read as an image (
         {new} --size 100                     | image size: 100 is not a positive multiple of 16
@@ -1912,10 +1859,11 @@ def test_what_the_scripts_refuse(score, monkeypatch):
         --ckpt nope.pt model.pt {SETS}       | nope.pt: cannot be read as a checkpoint (No such file or directory); pass a state
         --ckpt notes.csv {SETS}              | notes.csv: cannot be read as a checkpoint (UnpicklingError); pass a state_dict()
         --ckpt whole.pt {SETS}               | whole.pt: cannot be read as a checkpoint (UnpicklingError); pass a state_dict() saved
-        {CKPT} {SETS} --save ECSSD/Imgs      | --save: ECSSD/Imgs/a.jpg is none of these datasets' maps; pass a new or an
+        {CKPT} {SETS} --save ECSSD/Imgs      | --save: ECSSD/Imgs is not empty; pass a new folder
+        {CKPT} {SETS} --save maps            | --save: maps is not empty; pass a new folder
         --ckpt model.pt twin.pt --save both  | --save: takes the maps of one --ckpt
         {CKPT} {SETS} --csv notes.csv        | --csv: notes.csv was not written by this version of evaluate.py
-        {CKPT} --data CAMO/Imgs              | CAMO/Imgs: no images beside masks for the test split (evaluate.py --save needs none); name both, as in --data IMAGES,MASKS or 'x/*.jpg,x/*_mask.png'
+        {CKPT} --data CAMO/Imgs              | CAMO/Imgs: no images beside masks for the test split (--save needs none); name both, as in --data IMAGES,MASKS or 'x/*.jpg,x/*_mask.png'
         {CKPT}                               | model.pt: trained without a validation set, or with a fraction held out; pass datasets
         {CKPT} {SETS} --batch-size 0         | argument --batch-size: invalid number value: '0'
         {CKPT} {SETS} --task sod             | --task: goes with --maps; a checkpoint knows its own
@@ -1963,7 +1911,7 @@ def test_what_reaches_loops_and_pictures(score, monkeypatch):
     assert [(title, prediction) for title, _, prediction in rows] == [(n, None) for n in "abcde"]
     assert [(title, s.pair.mask.stem) for title, s, _ in predicted] == [(n, n) for n in "abcdef"]
     model, _ = load_checkpoint("run/last.pt")
-    (prediction,) = evaluate.predict(model, [predicted[2][1]], PAPER, 2, "fp32", save=True)
+    (prediction,) = evaluate.predict(model, [predicted[2][1]], PAPER, 2, "fp32")
     assert np.array_equal(predicted[2][2], prediction.to_save)
 
 
@@ -2074,29 +2022,22 @@ def test_processes_their_devices_and_workers(options, monkeypatch, capsys):
         used.clear()
         evaluate.check_device(args)
         assert args.device == expected and used == [expected] * (2 if ":" in expected else 1)
-        warning = "finds no GPU, or a driver too old for CUDA 13.0: running on the CPU"
+        warning = "no GPU is found, or its driver is too old for CUDA 13.0: running on the CPU"
         assert (warning in capsys.readouterr().err) == (gpus == "0")
     with refused("--device: each process takes a GPU of its own; leave out cuda:1"):
         evaluate.check_device(argparse.Namespace(device="cuda:1"))
 
 
-def test_what_each_part_costs_and_progress(monkeypatch, capsys):
-    """One multiply-add of a 1x1 convolution for each weight and pixel, one of a deconvolution too."""
-    tssam.summarize("vit_b", 256)
-    table = capsys.readouterr().out
-    pixels, c, f = 16 * 16, 256, 128
-    ffd = 9 * f * (c * pixels + 4 * f * pixels + 2 * f * pixels + 2 * f * 4 * pixels)
-    ffd += 9 * f * (16 * f * pixels + 2 * f * 4 * pixels + 2 * f * 16 * pixels) + f * 16 * pixels
-    costs = {"14 CSA.* 5,284,352": 2 * (13 * 768 * c + c * c) * pixels, "FFD.* 1,771,393": ffd}
-    costs[r"embedding of F_csa\^0 .* 196,864"] = 768 * c * pixels
-    for line, multiply_adds in costs.items():
-        assert re.search(rf"^  {line} parameters +{multiply_adds / 1e9:.1f} G mul", table, re.M), (
-            table
-        )
-    assert table.startswith("TS-SAM_B, one image of 256 x 256\n")
-    assert re.search("^  together +11,892,865 trained ", table, re.M)
-    *billions, total = map(float, re.findall(r" ([\d.]+) G mul", table, re.M))
-    assert sum(billions) == pytest.approx(total, abs=0.3)
+def test_what_each_part_is_and_progress(monkeypatch, capsys):
+    tssam.summarize("vit_b")
+    title, *rows = capsys.readouterr().out.splitlines()
+    assert title == "TS-SAM_B: parameters"
+    parts = (
+        "embedding of F_csa^0|14 CSA, Eq. 1-2|13 MRM, Eq. 3-5|FFD, Eq. 6-10|SAM's encoder, frozen"
+    )
+    counts = ["196,864", "5,284,352", "4,640,256", "1,771,393", "89,670,912", "11,892,865"]
+    expected = zip([*parts.split("|"), "trained"], counts, strict=True)
+    assert rows == [f"  {part:<22}{count:>12}" for part, count in expected]
     # A log file gets a line now and then.
     monkeypatch.setattr(evaluate, "tqdm", lambda items, *what, **how: {"items": items, **how})
     for terminal, when in ((True, None), (False, 300)):
@@ -2184,7 +2125,7 @@ def test_two_folders_said_outright(tmp_path):
             Image.new("L", (8, 8)).save(file)
         root = "{},{}".format(*folders)
         if not told:
-            with refused("images without a partner: .* names must agree but for"):
+            with refused("images without a partner: .*; rename or remove them$"):
                 found_in(root, evaluate.TRAIN)
         for splits in (evaluate.TRAIN, evaluate.VALIDATION, evaluate.TEST) if told else ():
             s = found_in(root, splits)
@@ -2232,8 +2173,6 @@ def test_two_folders_in_both_scripts(here, run):
     run(evaluate, f"{MAPS} --data c/x,c/y").says()
     Path("run/best.pt").unlink()
     run(evaluate, "--ckpt run --workers 0 --device cpu").says("run/last.pt: sod")
-    message = "one: images and masks are the same; name patterns"
-    run(train, f"{TINY} --data one,one --epochs 1 --out other").refuses(message)
 
 
 def test_what_is_validated_on_and_shown(here, run):
@@ -2278,19 +2217,6 @@ def test_photographs_and_maps(score):
     written = sorted(str(file) for file in Path("maps").rglob("*.png"))
     assert written == [f"maps/photos/{name}.png" for name in ("2023/May/a", "a", "b")]
     Path("photos/aa.jpg").unlink()
-    score(f"{CKPT} --data photos --save maps").says()  # the same names, once more
-    # The folder above the photographs, or above the maps of another method, is not written to.
-    photo = Path("clean/photos/a.png")
-    photo.parent.mkdir(parents=True)
-    Image.new("RGB", (64, 64)).save(photo)
-    content = photo.read_bytes()
-    for data in ("clean/photos", "clean/photos/a.png", "clean/photos/../photos"):
-        message = "clean/photos/a.png is none of these datasets' maps"
-        score(f"{CKPT} --data {data} --save clean").refuses(message)
-    assert photo.read_bytes() == content
-    Path("new").mkdir()
-    for _ in range(2):  # beside a table, and once more
-        score(f"{CKPT} --data ECSSD --save new --csv new/table.csv").says()
     if sys.getfilesystemencoding() == "utf-8":  # macOS writes an accent as a character of its own
         composed, apart = "K\u00fcche", "Ku\u0308che"
         make_pairs(Path("d"), "Imgs + GT", (apart, "b"))
@@ -2307,7 +2233,7 @@ def test_photographs_and_maps(score):
     for name, maps, warning in (
         ("cutout", [cutout] * 3, f"3 of 3 {told}"),
         ("colour", [colour] * 3, f"3 of 3 {told}"),
-        ("mixed", [grey, binary, grey], "1 maps are of 0 and 1 among others, such as mixed/b.png"),
+        ("mixed", [grey, binary, grey], "1 of 3 maps are of 0 and 1, and are read as 0 and 255"),
     ):
         Path(name).mkdir()
         for stem, image in zip("abc", maps, strict=True):
@@ -2352,7 +2278,7 @@ def test_a_run_starts_restarts_and_moves_to_another_machine(here, run, monkeypat
     for content in (load("run/best.pt"), under_released_names(model), older):  # of another kind
         torch.save(content, "run/last.pt")
         ended = run(train, "--resume run --workers 0")
-        ended.refuses("run/last.pt is not of this version's train.py, or no la")
+        ended.refuses("run/last.pt is not of this version's train.py; start a ne")
         assert ended.err.count("\n") == 1
 
 

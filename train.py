@@ -25,7 +25,6 @@ from datetime import timedelta
 from functools import cache, partial
 from itertools import islice
 from pathlib import Path
-from typing import TextIO
 
 import numpy as np
 import torch
@@ -37,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 import evaluate
 import tssam
-from evaluate import LOCAL_WORLD, PAPER, RANK, WORLD, ImageSet, Pair, Sample, number, say
+from evaluate import LOCAL_WORLD, PAPER, RANK, WORLD, Pair, number, say
 from tssam import TSSAM, InputError
 
 # -------------------------------------------------------------------------------------------------
@@ -161,8 +160,7 @@ def check_finite(what: str, tensors: Iterable[Tensor], epoch: int) -> None:
     if not all(tensor.isfinite().all() for tensor in tensors):
         saved = f"last.pt holds epoch {epoch - 1}" if epoch > 1 else "nothing is saved yet"
         raise InputError(
-            f"epoch {epoch}: the {what} became nan or infinite; {saved}; start a new run with a"
-            " lower --lr, or --precision fp32"
+            f"epoch {epoch}: the {what} became nan or infinite; {saved}; try a lower --lr or --precision fp32"
         )
 
 
@@ -177,7 +175,7 @@ def validate(model: TSSAM, pairs: list[Pair], args: Namespace) -> dict[str, floa
         workers=args.workers,
         precision=args.precision,
     )
-    shares: list = [list(rows)]
+    shares = [list(rows)]
     if WORLD > 1:
         shares *= WORLD
         dist.all_gather_object(shares, shares[0])
@@ -192,7 +190,7 @@ def main() -> None:
     args, stored = parse_arguments()
     if WORLD > 1:
         start_processes(args.device)
-    _lock = first_process(lambda: claim_out(args, bool(stored)))  # until the process ends
+    _lock = first_process(lambda: claim_out(args, stored))  # until the process ends
     evaluate.on_stop(partial(how_to_continue, args.out))
     train_pairs, val_pairs, val = find_data(args)
     model, encoder = build_model(args, stored)
@@ -214,11 +212,8 @@ def main() -> None:
     say(f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}")
 
     metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
-
-    def score(row: dict) -> float:  # the higher the better
-        return -row["BER"] if metric == "BER" else row["S"]
-
-    rows: list[dict] = []  # of log.csv, and of last.pt's epochs
+    sign = -1 if metric == "BER" else 1  # the higher the score, the better
+    rows = []  # of log.csv
     best = args.out / "best.pt"
     best_score = -math.inf  # of best.pt
     if stored:
@@ -227,7 +222,7 @@ def main() -> None:
         rows = stored["rows"]
         say(f"resume: after epoch {len(rows)} of {args.epochs}")
         if best.exists():
-            best_score = score(tssam.read_checkpoint(best)["metrics"])
+            best_score = sign * tssam.read_checkpoint(best)["metrics"][metric]
         elif val_pairs:
             say(f"resume: {args.out} has no best.pt; the next epoch is the best so far")
 
@@ -235,30 +230,22 @@ def main() -> None:
         if RANK == 0:
             tssam.save_checkpoint(args.out / name, model, epoch=len(rows), **about, **info)
 
-    def save_last() -> None:
-        save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
-
-    # A run that was stopped in an epoch's validation resumes there.
-    is_pending = bool(rows and val_pairs and metric not in rows[-1])
-    for epoch in range(len(rows) + (0 if is_pending else 1), args.epochs + 1):
-        if epoch > len(rows):
-            rows.append(train_epoch(network, optimizer, scaler, train_pairs, args, epoch))
-            save_last()  # before validation, which can take long
+    for epoch in range(len(rows) + 1, args.epochs + 1):
         start = time.monotonic()
-        row = rows[-1]
+        row = train_epoch(network, optimizer, scaler, train_pairs, args, epoch)
+        rows.append(row)
         mark = ""
         if val_pairs:
             metrics = validate(model, val_pairs, args)
             row |= metrics
-            if score(row) > best_score:
-                best_score = score(row)
+            if sign * row[metric] > best_score:
+                best_score = sign * row[metric]
                 mark = "  best"
                 save(best.name, metrics=metrics)
         if RANK == 0:
             write_reports(model, rows, metric, val_pairs or train_pairs, args)
-        save_last()
-        seconds = row["seconds"] + time.monotonic() - start
-        left = timedelta(seconds=round((args.epochs - epoch) * seconds))
+        save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
+        left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
         cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
     if best_score > -math.inf:
@@ -331,8 +318,7 @@ def parse_arguments() -> tuple[Namespace, dict]:
         stored = tssam.read_checkpoint(args.out / "last.pt")
         if not {"run", "optimizer"} <= stored.keys():
             raise InputError(
-                f"--resume: {args.out}/last.pt is not of this version's train.py, or no last.pt; start a"
-                " new run from its weights with --init"
+                f"--resume: {args.out}/last.pt is not of this version's train.py; start a new run with --init"
             )
         parser.set_defaults(**stored["run"], out=args.out)
         args = parser.parse_args()
@@ -351,8 +337,7 @@ def parse_arguments() -> tuple[Namespace, dict]:
     args.micro_batch, left_over = divmod(args.batch_size, WORLD * args.accumulate)
     if left_over:
         raise InputError(
-            f"--batch-size: {args.batch_size} cannot be split into {WORLD} (processes) x"
-            f" {args.accumulate} (--accumulate) equal parts"
+            f"--batch-size: {args.batch_size} is no multiple of {WORLD} (processes) x {args.accumulate} (--accumulate)"
         )
     return args, stored
 
@@ -390,7 +375,7 @@ def check_resumed(run: dict, before: dict) -> None:
 def find_data(args: Namespace) -> tuple[list[Pair], list[Pair], list[str]]:
     """The pairs to train and to validate on, and where the latter are: what --data takes."""
     train_sets = evaluate.find_sets(args.data, evaluate.TRAIN)
-    val_sets: list[ImageSet] = []
+    val_sets = []
     fraction = held_out_fraction(args.val)
     if args.val and not fraction:
         val_sets = evaluate.find_sets(args.val, evaluate.VALIDATION)
@@ -417,14 +402,11 @@ def find_data(args: Namespace) -> tuple[list[Pair], list[Pair], list[str]]:
             "val:   none, so there will be no best.pt; hold some out with --val 0.1, or pass a dataset"
         )
     train_files = {pair.image.resolve() for pair in train_pairs}
-    if len(train_files) < len(train_pairs):
-        raise InputError("--data: the same images are given twice")
-    if not train_files.isdisjoint(pair.image.resolve() for pair in val_pairs):
+    if any(pair.image.resolve() in train_files for pair in val_pairs):
         evaluate.warn("some validation images are also training images")
     if len(train_pairs) < args.batch_size:
         raise InputError(
-            f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; pass a lower"
-            " --batch-size"
+            f"--data: {len(train_pairs)} images do not fill a batch of {args.batch_size}; lower --batch-size"
         )
     return train_pairs, val_pairs, absolute([s.folder for s in val_sets])
 
@@ -448,12 +430,7 @@ def build_model(args: Namespace, stored: dict) -> tuple[TSSAM, dict]:
         model, _ = tssam.load_checkpoint(args.out / "last.pt", weights)
         encoder = dict(stored["encoder"])
     else:
-        if args.init is not None:  # checked before anything is downloaded
-            sam = tssam.read_checkpoint(args.init)["config"]["sam"]
-            if sam != args.sam:
-                raise InputError(
-                    f"--init: {args.init} belongs to {sam}, not {args.sam}; pass --sam {sam}"
-                )
+        init = args.init and tssam.read_checkpoint(args.init)
         if args.sam_checkpoint is None:
             first_process(lambda: tssam.sam_weights(args.sam))
             weights = tssam.sam_weights(args.sam)
@@ -465,8 +442,8 @@ def build_model(args: Namespace, stored: dict) -> tuple[TSSAM, dict]:
         encoder = dict(fingerprint=tssam.fingerprint(state), sam_checkpoint=None, weights=None)
         if is_random:
             encoder["weights"] = state
-        if args.init is not None:
-            tssam.load_trained(model, args.init)
+        if init:
+            tssam.load_trained(model, init, args.init)
     if weights is not None:
         encoder["sam_checkpoint"] = os.path.abspath(weights)
     if encoder["weights"] is not None:
@@ -480,7 +457,7 @@ def build_model(args: Namespace, stored: dict) -> tuple[TSSAM, dict]:
 # The run's folder and processes
 
 
-def claim_out(args: Namespace, resumed: bool) -> TextIO:
+def claim_out(args: Namespace, stored: dict) -> object:
     """Make a run's folder, with the demo's dataset, and lock it until this process ends."""
     args.out.mkdir(parents=True, exist_ok=True)
     lock = (args.out / ".lock").open("w")
@@ -494,12 +471,11 @@ def claim_out(args: Namespace, resumed: bool) -> TextIO:
         ) from error
     except (ImportError, OSError):  # Windows, or a file system without locks
         pass
-    if not resumed:
+    if not stored:
         for name in ("last.pt", "best.pt", "log.csv"):
             if (args.out / name).exists():
                 raise InputError(
-                    f"--out: {args.out} contains a run ({name}); continue it with --resume, or pass a"
-                    f" new folder, such as --out {args.out}-2"
+                    f"--out: {args.out} contains a run ({name}); pass --resume, or --out {args.out}-2"
                 )
         if args.demo:
             draw_demo(Path(args.data[0]))
@@ -558,10 +534,8 @@ def write_reports(
     try:
         tssam.write_atomically(args.out / "log.csv", save)
         draw_curves(rows, ["loss", metric] if metric in rows[-1] else ["loss"], args.out)
-        samples = read_samples(pairs, args)
-        predictions = evaluate.predict(
-            model, samples, PAPER, args.micro_batch, args.precision, True
-        )
+        samples = [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs[:6]]
+        predictions = evaluate.predict(model, samples, PAPER, args.micro_batch, args.precision)
         shown = [(p.sample.pair.name, p.sample, p.to_save) for p in predictions]
         evaluate.draw_samples(shown, args.out / "samples.png")
     except InputError as error:
@@ -570,14 +544,9 @@ def write_reports(
 
 def draw_data(pairs: list[Pair], args: Namespace) -> None:
     """Draw a few training pairs as the network gets them, to be looked at while it trains."""
-    shown = [(sample.pair.name, sample, None) for sample in read_samples(pairs, args)]
+    shown = [(pair.name, evaluate.read_sample(pair, args.size, PAPER), None) for pair in pairs[:6]]
     evaluate.draw_samples(shown, args.out / "data.png")
     say(f"look:  {args.out / 'data.png'} shows training pairs as the network gets them")
-
-
-def read_samples(pairs: list[Pair], args: Namespace) -> list[Sample]:
-    """The first six pairs."""
-    return [evaluate.read_sample(pair, args.size, PAPER) for pair in pairs[:6]]
 
 
 def draw_curves(rows: list[dict], columns: list[str], out: Path) -> None:
@@ -589,18 +558,16 @@ def draw_curves(rows: list[dict], columns: list[str], out: Path) -> None:
     xs = np.linspace(70, 540, len(rows))
     for i, column in enumerate(columns):
         values = [row[column] for row in rows]
-        low = min(values)
-        high = max(values)
         top = 210 * i + 30
         bottom = top + 140
-        ys = np.interp(values, (low, high), (bottom, top))
+        ys = np.interp(values, (min(values), max(values)), (bottom, top))
         draw.rectangle((70, top, 540, bottom), outline="grey")
         draw.line(list(zip(xs, ys, strict=True)), fill="blue")
         draw.circle((xs[best], ys[best]), 3, fill="red")
         for x, y, text in (
             (305, top - 12, f"{column}: {values[best]:.4g} in epoch {best + 1}"),
-            (35, top, f"{high:.4g}"),
-            (35, bottom, f"{low:.4g}"),
+            (35, top, f"{max(values):.4g}"),
+            (35, bottom, f"{min(values):.4g}"),
             (305, bottom + 12, f"epochs 1 to {len(rows)}"),
         ):
             draw.text((x, y), text, fill="black", font_size=12, anchor="mm")
@@ -615,9 +582,9 @@ def draw_demo(root: Path) -> None:
     """Draw 96 + 24 warm shapes on cold backgrounds under `root`, in the layout of DUTS."""
     rng = np.random.default_rng(0)  # always the same ones
 
-    def texture(size: list[int], darkest: tuple, brightest: tuple) -> Image.Image:
+    def texture(size, darkest, brightest):
         colours = rng.integers(darkest, brightest, (9, 9, 3)).astype(np.uint8)
-        return Image.fromarray(colours).resize(size, Image.Resampling.BICUBIC)
+        return Image.fromarray(colours).resize(size, Image.BICUBIC)
 
     for split, count in (("DUTS-TR", 96), ("DUTS-TE", 24)):
         images = root / split / f"{split}-Image"
@@ -627,10 +594,9 @@ def draw_demo(root: Path) -> None:
         for i in range(count):
             size = rng.integers(200, 321, 2).tolist()
             mask = Image.new("L", size)
-            for sides in rng.choice([3, 4, 5, 80], rng.integers(1, 3)):
+            for sides in rng.choice([3, 4, 5, 80], rng.integers(1, 3)).tolist():
                 circle = (*rng.uniform(0.3, 0.7, 2) * size, rng.uniform(0.15, 0.3) * min(size))
-                turn = rng.uniform(0, 360)
-                ImageDraw.Draw(mask).regular_polygon(circle, int(sides), turn, fill=255)
+                ImageDraw.Draw(mask).regular_polygon(circle, sides, rng.uniform(0, 360), fill=255)
             paint = texture(size, (150, 60, 30), (250, 170, 120))
             background = texture(size, (30, 60, 60), (150, 180, 180))
             image = Image.composite(paint, background, mask)

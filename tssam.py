@@ -41,8 +41,8 @@ says where a decision comes from: the paper, the release where the paper is sile
 ours. A deviation from the paper is marked where it is made.
 
 After the network comes what makes it fit into memory, then the files: SAM's published weights, the
-release's checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints what
-each part is and costs.
+release's checkpoints, and ours, which hold the trained part alone. `python tssam.py` prints each
+part's equations and parameters.
 """
 
 import argparse
@@ -62,7 +62,6 @@ from segment_anything.modeling import ImageEncoderViT
 from segment_anything.modeling.image_encoder import Attention, Block, get_rel_pos
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
-from torch.utils.flop_counter import FlopCounterMode
 
 # -------------------------------------------------------------------------------------------------
 # II-B. Convolutional Side Adapter
@@ -198,9 +197,7 @@ class Injection(nn.Module):
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
         # Eq. 9 (bilinear with aligned corners: release)
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        x = x.to(
-            f_mrm.dtype
-        )  # CUDA's autocast interpolates in float32; cat would promote f_mrm too
+        x = x.to(f_mrm.dtype)  # CUDA's autocast interpolates in float32, and cat would promote
         return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself
 
 
@@ -543,8 +540,7 @@ def sam_weights(sam: str, folder: AnyPath = "checkpoints") -> Path:
             torch.hub.download_url_to_file(SAM_URL + name, str(path), hash_prefix=sha256)
         except (OSError, RuntimeError) as error:
             raise InputError(
-                f"SAM's weights could not be downloaded ({one_line(error)}): get {SAM_URL}{name} and"
-                f" put it at {path}, or pass the file with --sam-checkpoint"
+                f"{SAM_URL}{name} could not be downloaded ({one_line(error)}); put the file at {path}"
             ) from error
     return path
 
@@ -567,7 +563,7 @@ def load_sam(model: TSSAM, path: AnyPath) -> None:
         elif "rel_pos" in name and len(given) != len(target):
             table = F.interpolate(given.T[None].float(), len(target), mode="linear")
             state[name] = table[0].T
-    copy_tensors(state, targets, f"{path}, as the encoder of --sam {model.config['sam']}")
+    fill(model.image_encoder, state, f"{path}, as the encoder of --sam {model.config['sam']}")
 
 
 def encoder_part(state: StateDict) -> StateDict:
@@ -616,8 +612,14 @@ def released_name(name: str) -> str:
 def load_released(model: TSSAM, file: AnyPath | StateDict) -> None:
     """Fill a model, encoder and all, from a checkpoint of the authors' code, or its state dict."""
     is_path = isinstance(file, AnyPath)
-    targets = {released_name(name): tensor for name, tensor in model.state_dict().items()}
-    copy_tensors(load_file(file) if is_path else file, targets, file if is_path else "state dict")
+    state = load_file(file) if is_path else file
+    fill(model, under_our_names(state, model), file if is_path else "state dict")
+
+
+def under_our_names(state: StateDict, model: TSSAM) -> StateDict:
+    """The state dict of a released checkpoint, for a model of the same shape."""
+    our_names = {released_name(name): name for name in model.state_dict()}
+    return {our_names.get(name, name): tensor for name, tensor in state.items()}
 
 
 def fingerprint(encoder: StateDict) -> str:
@@ -652,16 +654,14 @@ def read_checkpoint(path: AnyPath) -> dict:
         return content
     if not {"image_encoder.csa_embedding.weight", "image_encoder.pos_embed"} <= content.keys():
         raise InputError(
-            f"{path}: neither a checkpoint of train.py nor one of the authors' code (pass SAM's weights"
-            f" alone with --sam-checkpoint); it contains {', '.join(list(content)[:3])}, ..."
+            f"{path}: no checkpoint of train.py or the authors; it contains {', '.join(list(content)[:3])}, ..."
         )
     high_freq = "image_encoder.fft_embedding.proj.weight" in content
     _, grid, _, width = content["image_encoder.pos_embed"].shape
     sam = next((name for name, spec in ENCODERS.items() if spec.width == width), f"{width} wide")
     config = dict(sam=sam, image_size=grid * PATCH, high_freq=high_freq)
     with torch.device("meta"):  # for its names alone
-        our_names = {released_name(name): name for name in TSSAM(**config).state_dict()}
-    state = {our_names.get(name, name): tensor for name, tensor in content.items()}
+        state = under_our_names(content, TSSAM(**config))
     encoder = encoder_part(state)
     return dict(
         config=config,
@@ -680,36 +680,32 @@ def load_checkpoint(path: AnyPath, sam_checkpoint: AnyPath | None = None) -> tup
     """
     content = read_checkpoint(path)
     model = TSSAM(**content["config"])
-    encoder = content.pop("encoder")
+    encoder = content["encoder"]
     if sam_checkpoint is None and encoder["weights"] is not None:
-        copy_tensors(encoder["weights"], model.image_encoder.state_dict(), f"{path}, its encoder")
+        fill(model.image_encoder, encoder["weights"], f"{path}, its encoder")
     else:
         if sam_checkpoint is None:
             sam_checkpoint = encoder["sam_checkpoint"]
             if not os.path.exists(sam_checkpoint):
                 sam_checkpoint = sam_weights(model.config["sam"])
         load_sam(model, sam_checkpoint)
-        if fingerprint(model.image_encoder.state_dict()) != encoder["fingerprint"]:
-            raise InputError(
-                f"{path}: trained on another encoder than {sam_checkpoint}; pass the right file with"
-                " --sam-checkpoint"
-            )
-    copy_tensors(content.pop("trained"), trained_part(model.state_dict()), path)
+    load_trained(model, content, path)
+    del content["encoder"], content["trained"]
     return model.eval(), content
 
 
-def load_trained(model: TSSAM, path: AnyPath) -> None:
-    """Fill a model's trained part from a checkpoint, train.py's or a released one, of the same encoder.
+def load_trained(model: TSSAM, content: dict, path: AnyPath) -> None:
+    """Fill a model's trained part from `read_checkpoint(path)`; the encoder must be the same.
 
     The image size may differ.
     """
-    content = read_checkpoint(path)
-    if content["encoder"]["fingerprint"] != fingerprint(model.image_encoder.state_dict()):
+    encoder = model.image_encoder.state_dict()
+    if content["encoder"]["fingerprint"] != fingerprint(encoder):
         raise InputError(
-            f"{path}: trained on another encoder; pass the right file with --sam-checkpoint (a random"
-            " encoder: the right --seed)"
+            f"{path}: trained on another {content['config']['sam']}; pass its --sam, --sam-checkpoint, --seed"
         )
-    copy_tensors(content["trained"], trained_part(model.state_dict()), path)
+    frozen = {f"image_encoder.{name}": tensor for name, tensor in encoder.items()}
+    fill(model, frozen | content["trained"], path)
 
 
 def load_file(path: AnyPath) -> dict:
@@ -727,27 +723,17 @@ def load_file(path: AnyPath) -> dict:
     for wrapper in ("model", "state_dict"):
         if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
             content = content[wrapper]
-    if not isinstance(content, dict) or not all(isinstance(key, str) for key in content):
+    if not isinstance(content, dict):
         raise InputError(f"{path}: contains a {type(content).__name__}, not a checkpoint")
     return {name.removeprefix("module."): value for name, value in content.items()}
 
 
-@torch.no_grad()
-def copy_tensors(state: StateDict, targets: StateDict, where: AnyPath) -> None:
-    """Copy a state dict into the tensors of another: all of them, or an error that names some."""
-    given, needed = (
-        {n: tuple(getattr(t, "shape", ())) for n, t in tensors.items()}
-        for tensors in (state, targets)
-    )
-    wrong = [
-        f"{name} is {given.get(name, 'missing')}, not {needed.get(name, 'known')}"
-        for name in needed | given
-        if given.get(name) != needed.get(name)
-    ]
-    if wrong:
-        raise InputError(f"{where}: tensors do not fit ({len(wrong)}): {'; '.join(wrong[:3])}")
-    for name, target in targets.items():
-        target.copy_(state[name])
+def fill(module: nn.Module, state: StateDict, where: AnyPath) -> None:
+    """Load a whole state dict; what does not fit is said in one line."""
+    try:
+        module.load_state_dict(state)
+    except RuntimeError as error:
+        raise InputError(f"{where}: {' '.join(str(error).split())[:300]}") from error
 
 
 def write_atomically(path: Path, save: Callable[[Path], None]) -> None:
@@ -773,32 +759,24 @@ def one_line(error: BaseException) -> str:
 
 
 # -------------------------------------------------------------------------------------------------
-# What each part is and costs: python tssam.py
+# What each part is: python tssam.py
 
 
-def summarize(sam: str, size: int = 1024) -> None:
-    """Print the parts of a TSSAM: equations, parameters, and multiply-adds for one image."""
-    counter = FlopCounterMode(display=False)
-    with torch.device("meta"), torch.no_grad(), counter:  # shapes, not numbers
-        model = TSSAM(sam, size).eval()
-        model(torch.empty(1, 3, size, size))
-    print(f"TS-SAM_{sam[-1].upper()}, one image of {size} x {size}")
-    for title, part, modules in (
-        ("embedding of F_csa^0", "csa_embedding", ""),
-        (f"{len(model.csa)} CSA, Eq. 1-2", "csa", r"\.\d+"),
-        (f"{len(model.mrm)} MRM, Eq. 3-5", "mrm", r"\.\d+"),
-        ("FFD, Eq. 6-10", "ffd", ""),
-        ("SAM's encoder, frozen", "image_encoder", r"\.(patch_embed|blocks\.\d+|neck)"),
+def summarize(sam: str) -> None:
+    """Print the parts of a TSSAM, their equations and parameters."""
+    with torch.device("meta"):  # shapes, not numbers
+        model = TSSAM(sam)
+    print(f"TS-SAM_{sam[-1].upper()}: parameters")
+    for title, part in (
+        ("embedding of F_csa^0", model.csa_embedding),
+        (f"{len(model.csa)} CSA, Eq. 1-2", model.csa),
+        (f"{len(model.mrm)} MRM, Eq. 3-5", model.mrm),
+        ("FFD, Eq. 6-10", model.ffd),
+        ("SAM's encoder, frozen", model.image_encoder),
     ):
-        parameters = sum(p.numel() for p in getattr(model, part).parameters())
-        flops = 0
-        for name, kinds in counter.get_flop_counts().items():
-            if re.fullmatch(rf"TSSAM\.{part}{modules}", name):
-                flops += sum(kinds.values())
-        print(f"  {title:<22}{parameters:>12,} parameters{flops / 2e9:>8.1f} G multiply-adds")
+        print(f"  {title:<22}{sum(p.numel() for p in part.parameters()):>12,}")
     trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    total = counter.get_total_flops() / 2e9
-    print(f"  {'together':<22}{trained:>12,} trained   {total:>8.1f} G multiply-adds")
+    print(f"  {'trained':<22}{trained:>12,}")
 
 
 if __name__ == "__main__":
