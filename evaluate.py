@@ -78,9 +78,7 @@ torch.backends.cudnn.allow_tf32 = False  # float32 is float32, also in convoluti
 # would train with one kernel and validate with another.
 torch.backends.cuda.enable_cudnn_sdp(False)
 # The metrics handle one-sided masks, but NumPy warns on the way.
-warnings.filterwarnings(
-    "ignore", "Mean of empty slice|invalid value|divide by zero", RuntimeWarning
-)
+warnings.filterwarnings("ignore", "Mean of empty slice|invalid value", RuntimeWarning)
 
 
 def run_network(network: Callable, images: Tensor, precision: str) -> Tensor:
@@ -210,9 +208,7 @@ class Prediction(NamedTuple):
     """What the network says about a sample."""
 
     sample: Sample
-    to_score: (
-        np.ndarray
-    )  # 0 to 255; float64, (S, S) (paper) or uint8, of the mask's size (full-size)
+    to_score: np.ndarray  # 0 to 255: float64, (S, S) (paper); uint8, of the mask's size (full-size)
     to_save: np.ndarray  # uint8, of the image's own size
 
 
@@ -753,7 +749,7 @@ def match(images: Files, others: Files, more: bool = False) -> list[Path]:
         names = [str(file) for name, file in files.items() if name not in partners]
         alone.append(f"{len(names)}{f' such as {names[0]}' if names else ''}")
     raise InputError(
-        f"images without a partner: {alone[0]}; partners without an image: {alone[1]}; rename or remove them"
+        f"images without a partner: {alone[0]}; partners without an image: {alone[1]}; names must agree but for shared words"
     )
 
 

@@ -770,10 +770,7 @@ def test_layouts(tmp_path):
 
 
 def test_the_words_that_name_folders():
-    words = {
-        "image": evaluate.IMAGE_FOLDERS,
-        "mask": evaluate.MASK_FOLDERS,
-    } | evaluate.SPLIT_FOLDERS
+    words = dict(image=evaluate.IMAGE_FOLDERS, mask=evaluate.MASK_FOLDERS) | evaluate.SPLIT_FOLDERS
     expected = []
     for kind, some in cases("""
         image | im image images img img_dir imgs input jpegimages original shadowimages test_a train_a
@@ -868,7 +865,7 @@ def test_data_that_cannot_be_used_is_one_error(tmp_path):
     for folder in ("several/masks", "empty/Imgs"):
         (tmp_path / folder).mkdir(parents=True)
     for name, splits, message in cases(r"""
-        more    | TRAIN | images without a partner: 0; partners without an image: 1 such as .*more/GT/b.png; rename or rem
+        more    | TRAIN | images without a partner: 0; partners without an image: 1 such as .*more/GT/b.png; names must agr
         nowhere | TEST  | nowhere: no such file or folder; .* with --data
         alone   | TRAIN | images without a partner: 1 such as .*alone/Imgs/b.jpg; partners without an image: 0;
         twice   | TEST  | a.bmp and .*a.jpg: one name for two files; pass IMAGES,MASKS, or
@@ -963,10 +960,8 @@ def test_what_is_warned_of(tmp_path, capsys):
         err = warned([pairs[0]._replace(**changed), *pairs[1:]])
         assert err.startswith(f"warning: d: 1 of 4 {warning}") if warning else err == "", name
     # A border to be ignored, or an object in a darker colour; too small a one in one of four masks.
-    text = (
-        "1 of 4 masks shrink by a fifth or more from above 0 (training, paper) to above 128 (full-"
-    )
-    text = f"warning: d: {text}size) (such as {pairs[2].image})\n"
+    text = "masks shrink by a fifth or more from above 0 (training, paper) to above 128 (full-size)"
+    text = f"warning: d: 1 of 4 {text} (such as {pairs[2].image})\n"
     for border, expected in ((6, text), (4, "")):
         for i, pair in enumerate(pairs):
             rows = np.repeat(np.uint8([255, 100 * (i == 2), 0]), [20, border, 20 - border])
@@ -1064,9 +1059,7 @@ def soft_map(rng: np.random.Generator, height: int, width: int) -> tuple[np.ndar
     return grey.clip(0, 255).astype(np.uint8), mask
 
 
-@pytest.mark.filterwarnings(
-    "ignore:Mean of empty slice|invalid value"
-)  # by evaluate.py, but pytest resets it
+@pytest.mark.filterwarnings("ignore:Mean of empty slice|invalid value")  # as evaluate.py does
 @pytest.mark.parametrize("protocol, beta", [("paper", 0.3), ("full-size", 1)])
 def test_metrics_by_hand(protocol, beta):
     """Weighted F by Margolin et al.'s definition: the object is found; a pixel 5 away from it is wrong. Its error
@@ -2125,7 +2118,7 @@ def test_two_folders_said_outright(tmp_path):
             Image.new("L", (8, 8)).save(file)
         root = "{},{}".format(*folders)
         if not told:
-            with refused("images without a partner: .*; rename or remove them$"):
+            with refused("images without a partner: .*; names must agree but for shared words$"):
                 found_in(root, evaluate.TRAIN)
         for splits in (evaluate.TRAIN, evaluate.VALIDATION, evaluate.TEST) if told else ():
             s = found_in(root, splits)
