@@ -690,9 +690,7 @@ def test_the_words_that_name_folders():
             if kind in evaluate.SPLIT_FOLDERS:
                 assert evaluate.split_of(Path("data", f"X-{word.title()}")) == kind
                 assert evaluate.name_of(Path("/data/X", word.title())) == "X"
-    assert sorted(expected) == sorted(
-        (kind, word) for kind in words for word in words[kind].split()
-    )
+    assert sorted(expected) == sorted((k, word) for k in words for word in words[k].split())
     assert evaluate.split_of(Path("train/latest")) is None
     assert evaluate.name_of(Path("/test")) == "data"  # no folder there has a name of its own
 
@@ -1513,9 +1511,7 @@ def test_what_a_resumed_run_refuses(here, run, monkeypatch):
     message = "model.pt: trained on another tiny; pass its --sam, --sam-checkpoint, --seed"
     run(train, f"{SMALL} --init model.pt --out new").refuses(message)
     task = f"{SMALL} --init run/best.pt --task shadow --out new"
-    run(train, task).refuses(
-        "run/best.pt: Error(s) in loading state_dict for TSSAM: Missing key(s)"
-    )
+    run(train, task).refuses("run/best.pt: Error(s) in loading state_dict for TSSAM: Missing key")
     flags = "--val other --accumulate 2 --grad-checkpoint --epochs 1 --out v"
     assert run(train, f"{SMALL} {flags}").code == 0
     assert run(train, "--resume v --workers 0").code == 0
@@ -1722,7 +1718,6 @@ def test_what_the_scripts_refuse(score, monkeypatch):
     assert score(f"{CKPT} {SETS} --save maps").code == 0
     Path("maps/ECSSD/b.png").unlink()
     Path("notes.csv").write_text("mine")
-    torch.save(nn.Linear(1, 1), "whole.pt")
     model, _ = load_checkpoint("model.pt")
     model.ffd.head.weight.data.fill_(math.nan)
     checkpoint(Path("nan.pt"), model)
@@ -1744,7 +1739,6 @@ def test_what_the_scripts_refuse(score, monkeypatch):
         {SMALL} --nonsense                   | unrecognized arguments: --nonsense (--help lists the options)
         {new} --epoch 3                      | unrecognized arguments: --epoch 3
         {new} --device nonsense              | --device: nonsense cannot be used here (
-        {new} --device mps                   | --device: mps cannot be used here (
         {MAPS} --data ECSSD                  | : images without a partner: 1 such as ECSSD/Imgs/b.jpg; partners without an image: 0;
         {MAPS} --data data/test              | : images without a partner: 3 such as data/test/Imgs/x.jpg; partners without an image: 7 such as maps/CAMO/a.png;
         --maps maps/ECSSD {SETS}             | maps/ECSSD/CAMO: no image files there
@@ -1752,7 +1746,6 @@ def test_what_the_scripts_refuse(score, monkeypatch):
         {MAPS} {SETS} --precision bf16       | --maps: goes without --save, --sam-checkpoint, --precision
         --ckpt nope.pt model.pt {SETS}       | nope.pt: cannot be read as a checkpoint (No such file or directory); pass a state
         --ckpt notes.csv {SETS}              | notes.csv: cannot be read as a checkpoint (UnpicklingError); pass a state_dict()
-        --ckpt whole.pt {SETS}               | whole.pt: cannot be read as a checkpoint (UnpicklingError); pass a state_dict() saved
         {CKPT} {SETS} --save ECSSD/Imgs      | --save: ECSSD/Imgs is not empty; pass a new folder
         {CKPT} {SETS} --save maps            | --save: maps is not empty; pass a new folder
         --ckpt model.pt twin.pt --save both  | --save: takes the maps of one --ckpt
@@ -1924,14 +1917,10 @@ def test_processes_their_devices_and_workers(options, monkeypatch, capsys):
 
 def test_what_each_part_is_and_progress(monkeypatch, capsys):
     tssam.summarize("vit_b")
-    title, *rows = capsys.readouterr().out.splitlines()
-    assert title == "TS-SAM_B: parameters"
-    parts = (
-        "embedding of F_csa^0|14 CSA, Eq. 1-2|13 MRM, Eq. 3-5|FFD, Eq. 6-10|SAM's encoder, frozen"
-    )
-    counts = ["196,864", "5,284,352", "4,640,256", "1,771,393", "89,670,912", "11,892,865"]
-    expected = zip([*parts.split("|"), "trained"], counts, strict=True)
-    assert rows == [f"  {part:<22}{count:>12}" for part, count in expected]
+    table = capsys.readouterr().out
+    assert table.startswith("TS-SAM_B: ") and "  14 CSA, Eq. 1-2          5,284,352\n" in table
+    counts = "196,864 5,284,352 4,640,256 1,771,393 89,670,912 11,892,865"
+    assert re.findall(r"\S+$", table, re.M)[1:] == counts.split()
     # A log file gets a line now and then.
     monkeypatch.setattr(evaluate, "tqdm", lambda items, *what, **how: {"items": items, **how})
     for terminal, when in ((True, None), (False, 300)):
@@ -2118,14 +2107,11 @@ def test_photographs_and_maps(score):
         score(f"{CKPT} --data d --save apart").says("2 maps in apart/d")
         Path(f"apart/d/{composed}.png").rename(f"apart/d/{apart}.png")
         score("--maps apart --data d --workers 0").says("d: 2 images")
-    # Cut-outs and colour maps are scored by brightness, and that is said.
+    # Colour maps are scored by brightness, and that is said.
     grey = Image.fromarray(soft_map(np.random.default_rng(0), 40, 48)[0])
-    cutout = Image.new("RGBA", grey.size, "white")
-    cutout.putalpha(grey)
     colour = Image.merge("RGB", [grey, grey.point(lambda v: 255 - v), grey])
     binary, told = grey.point(lambda v: v > 127), "masks or maps have colours or a varying alpha"
     for name, maps, warning in (
-        ("cutout", [cutout] * 3, f"3 of 3 {told}"),
         ("colour", [colour] * 3, f"3 of 3 {told}"),
         ("mixed", [grey, binary, grey], "1 of 3 maps are of 0 and 1, and are read as 0 and 255"),
     ):
