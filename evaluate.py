@@ -47,7 +47,7 @@ import numpy as np
 import py_sod_metrics
 import torch
 import torch.nn.functional as F
-from PIL import ExifTags, Image, ImageDraw, ImageFilter, ImageOps
+from PIL import Image, ImageDraw, ImageFilter, ImageOps
 from torch import Tensor
 from torchvision.transforms.functional import normalize
 from tqdm import tqdm
@@ -134,8 +134,9 @@ def score_shadow(prediction: np.ndarray, mask: np.ndarray) -> dict[str, float]:
     nothing else, counts 50 at least.
     """
     positive = np.count_nonzero(mask)
-    found = prediction > 125
-    counts = py_sod_metrics.FmeasureV2.get_statistics(found, mask, positive, mask.size - positive)
+    counts = py_sod_metrics.FmeasureV2.get_statistics(
+        prediction > 125, mask, positive, mask.size - positive
+    )
     return counts | {"BER": 100 * np.nan_to_num(balanced_error(**counts))}
 
 
@@ -273,6 +274,11 @@ def read_grey(path: Path) -> tuple[Image.Image, bool]:
     return image.convert("L"), lossy
 
 
+def brightest(pair: Pair) -> int:
+    """The highest level of a map."""
+    return read_grey(pair.image)[0].getextrema()[1]
+
+
 def read_mask(path: Path) -> Image.Image:
     """A mask file as 8-bit grey.
 
@@ -305,7 +311,7 @@ def read_sample(pair: Pair, size: int, protocol: Protocol) -> Sample | None:
         warn(f"{error}: skipped")
         return None
     mask = pair.mask and foreground(read_mask(pair.mask), protocol, size)
-    return Sample(pair, (image.height, image.width), resize_image(image, size), mask)
+    return Sample(pair, image.size[::-1], resize_image(image, size), mask)
 
 
 def to_device(array: np.ndarray, device: str) -> Tensor:
@@ -339,7 +345,7 @@ def predict(
         for sample, logit in zip(batch, run_network(model, images, precision), strict=True):
             if not logit.isfinite().all():
                 raise InputError(
-                    f"{sample.pair.image}: the network's output is not finite; try --precision fp32"
+                    f"{sample.pair.image}: the network's output is not finite: its weights, or --precision fp16"
                 )
             if sample.mask is not None and protocol.full_size:
                 to_score = to_map(logit, sample.mask.shape)
@@ -363,15 +369,13 @@ def score(prediction: np.ndarray, mask: np.ndarray | None, task: str, protocol: 
     return score_objects(prediction, mask, protocol)
 
 
-def score_map(pair: Pair, task: str) -> dict:
-    """Score a saved map under the full-size protocol.
+def score_map(pair: Pair, task: str, scale: int) -> dict:
+    """Score a saved map, its levels times `scale`, under the full-size protocol.
 
-    A map of 0 and 1 counts as 0 and 255; one of another size is resized bilinearly.
+    A map of another size than the mask is resized bilinearly.
     """
     mask = read_mask(pair.mask)
-    grey, _ = read_grey(pair.image)
-    if grey.getextrema()[1] == 1:
-        grey = grey.point(lambda v: v * 255)
+    grey = read_grey(pair.image)[0].point(lambda v: v * scale)
     grey = grey.resize(mask.size, Image.BILINEAR)  # a copy where sizes agree
     return score(np.asarray(grey), foreground(mask, FULL_SIZE, 0), task, FULL_SIZE)
 
@@ -397,7 +401,7 @@ def parse_arguments() -> Namespace:
     how("--precision", choices=PRECISIONS, help="of the network (default: fp32, so that a table does not depend on the card)")
     how("--task", choices=TASKS, help="what --maps show: objects, or shadows, scored by BER (default: sod)")
     output("--csv", type=Path, help="table to append the rows to, in full precision")
-    output("--save", type=Path, help="folder for 8-bit maps at each image's own size, <dataset>/<image's name>.png, and overview pictures")
+    output("--save", type=Path, help="new or empty folder for 8-bit maps at each image's own size, <dataset>/<image's name>.png, and overview pictures")
     machine("--batch-size", type=number(1), default=2, help="images at a time (default: %(default)s)")
     # fmt: on
     args = parser.parse_args()
@@ -417,10 +421,8 @@ def parse_arguments() -> Namespace:
             raise InputError("--save: takes the maps of one --ckpt; run the others one by one")
         args.precision = args.precision or "fp32"
         check_device(args)
-    if args.save:
-        args.save.mkdir(parents=True, exist_ok=True)
-        if entries(args.save):
-            raise InputError(f"--save: {args.save} is not empty; pass a new folder")
+    if args.save and args.save.exists() and entries(args.save):
+        raise InputError(f"--save: {args.save} is not empty; pass a new folder")
     args.task = args.task or "sod"
     args.protocol = PROTOCOLS[args.protocol or ("full-size" if args.maps else "paper")]
     if args.csv:
@@ -439,8 +441,15 @@ def main() -> None:
             metrics = average(rows, protocol)
             print_metrics(dataset.name, len(rows), metrics, protocol)
             if args.csv:
-                row = dict(model=source, dataset=dataset.name, images=len(rows), **metrics)
-                append_csv(args.csv, row | dict(protocol=protocol.name, precision=args.precision))
+                row = dict(
+                    model=source,
+                    dataset=dataset.name,
+                    images=len(rows),
+                    **metrics,
+                    protocol=protocol.name,
+                    precision=args.precision,
+                )
+                append_csv(args.csv, row)
             if args.save:
                 save_overview(dataset, rows, args.save)
         if args.save:
@@ -483,9 +492,10 @@ def score_checkpoints(args: Namespace) -> Iterator[tuple]:
 
 
 def score_saved_maps(args: Namespace) -> Iterator[tuple]:
-    """Score each dataset's maps: (folder of maps, dataset, rows)."""
+    """Score each dataset's maps, if all are of 0 and 1 as 0 and 255: (folder of maps, dataset, rows)."""
     for dataset in find_test_sets(args.data, TEST, args):
-        work = partial(score_map, task=args.task)
+        tops = in_threads(brightest, dataset.pairs, args.workers)
+        work = partial(score_map, task=args.task, scale=255 if max(tops) == 1 else 1)
         rows = in_threads(work, dataset.pairs, args.workers)
         yield args.maps, dataset, list(progress(rows, "evaluate", len(dataset.pairs)))
 
@@ -494,8 +504,9 @@ def find_test_sets(roots: list[str], splits: tuple[str, ...], args: Namespace) -
     """The datasets to score; with --maps, the maps are their images."""
     datasets = find_sets(roots, splits, need_masks=not args.save)
     if len({s.name for s in datasets}) < len(datasets):
-        names = ", ".join(sorted(s.name for s in datasets))
-        raise InputError(f"--data: two datasets have one name ({names}); score them one at a time")
+        raise InputError(
+            f"--data: two datasets have one name, of {[s.name for s in datasets]}; score them one at a time"
+        )
     if args.maps:
         datasets = [find_maps(args.maps, s, len(datasets) == 1) for s in datasets]
     for s in datasets:
@@ -574,8 +585,8 @@ def named_folders(text: str) -> list[Path]:
 def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True) -> list[ImageSet]:
     """The datasets in `roots`.
 
-    Each root is IMAGES,MASKS or the folder of a dataset, with images beside masks or with splits.
-    To validate or test on, also a folder above several, a folder of images alone, or image files.
+    Each root is IMAGES,MASKS, the folder of a dataset, with images beside masks or with splits, or a
+    folder above several. To predict, also a folder of images alone, or image files.
     """
     files = [root for root in roots if os.path.isfile(root)]
     datasets = [without_masks(Path(files[0]).parent, map(Path, files))] if files else []
@@ -590,7 +601,7 @@ def find_sets(roots: list[str], splits: tuple[str, ...], need_masks: bool = True
     for s in datasets:
         if need_masks and s.pairs[0].mask is None:
             raise InputError(
-                f"{s.folder}: no images beside masks for the {splits[0]} split (--save needs none); {advice(Path(s.folder))}"
+                f"{s.folder}: no images beside masks for the {splits[0]} split (evaluate.py --save needs none); {advice(Path(s.folder))}"
             )
     return datasets
 
@@ -663,8 +674,7 @@ def entries(folder: Path) -> list[Path]:
     except PermissionError:
         warn(f"{folder}: skipped, because it cannot be listed")
         return []
-    hidden = (".", "@", "__")
-    return [f for f in found if not f.name.startswith(hidden if f.is_dir() else ".")]
+    return [f for f in found if not f.name.startswith((".", "@", "__") if f.is_dir() else ".")]
 
 
 def folders_in(folder: Path) -> list[Path]:
@@ -729,6 +739,8 @@ def pair_files(
     masks = [None] * len(images)
     if mask_folder is not None:
         masks = match(images, image_files(mask_folder), more_masks)
+    if masks == list(images.values()):
+        raise InputError(f"{image_folder}: images and masks are the same; name patterns of each")
     return [Pair(name, images[name], mask) for name, mask in zip(images, masks, strict=True)]
 
 
@@ -749,7 +761,7 @@ def match(images: Files, others: Files, more: bool = False) -> list[Path]:
         names = [str(file) for name, file in files.items() if name not in partners]
         alone.append(f"{len(names)}{f' such as {names[0]}' if names else ''}")
     raise InputError(
-        f"images without a partner: {alone[0]}; partners without an image: {alone[1]}; names must agree but for shared words"
+        f"images without a partner: {alone[0]}; partners without an image: {alone[1]}; names must agree but for words that all share"
     )
 
 
@@ -825,8 +837,8 @@ def inspect(pair: Pair, size: int, is_map: bool) -> list[str]:
         "masks or maps have colours or a varying alpha, and are read by brightness": (
             not is_grey(mask_file) or (is_map and not is_grey(image))
         ),
-        "maps are of 0 and 1, and are read as 0 and 255": (
-            is_map and image.mode != "F" and image.convert("L").getextrema()[1] == 1
+        "maps are nowhere above 1; only if all are, 1 counts as 255": (
+            is_map and brightest(pair) == 1
         ),
     }
     return [text for text, is_there in problems.items() if is_there]
@@ -841,7 +853,7 @@ def is_grey(image: Image.Image) -> bool:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1: upright, or unreadable."""
     with suppress(Exception):  # broken EXIF raises anything
-        return image.getexif().get(ExifTags.Base.Orientation, 1)
+        return image.getexif().get(0x0112, 1)
     return 1
 
 
@@ -902,9 +914,9 @@ def save_overview(dataset: ImageSet, rows: list[dict], save: Path) -> None:
     shown = []
     for which, i in (("worst", order[0]), ("median", order[len(order) // 2]), ("best", order[-1])):
         pair = dataset.pairs[i]
-        prediction = open_image(save / dataset.name / f"{pair.name}.png")
+        prediction = np.asarray(open_image(save / dataset.name / f"{pair.name}.png"))
         title = f"{which}: {pair.name}, {metric} {rows[i][metric]:.4g}"
-        shown.append((title, read_sample(pair, 256, PAPER), np.asarray(prediction)))
+        shown.append((title, read_sample(pair, 256, PAPER), prediction))
     draw_samples(shown, save / f"overview-{dataset.name}.png")
 
 
@@ -917,8 +929,9 @@ def draw_samples(rows: list[tuple[str, Sample, np.ndarray | None]], path: Path) 
         panels = [Image.fromarray(a).convert("RGB").resize((196, 196)) for a in arrays]
         outline = panels[1].convert("L").filter(ImageFilter.FIND_EDGES)
         panels[0].paste("red", mask=outline)
-        text = title.encode("ascii", "replace")
-        ImageDraw.Draw(panels[0]).text((4, 4), text, "white", stroke_width=1, stroke_fill="black")
+        ImageDraw.Draw(panels[0]).text(
+            (4, 4), title.encode("ascii", "replace"), "white", stroke_width=1, stroke_fill="black"
+        )
         strips.append(np.hstack([ImageOps.expand(panel, 2, "white") for panel in panels]))
     save_image(Image.fromarray(np.vstack(strips)), path)
 
@@ -937,8 +950,10 @@ def launched_as(environment: Mapping) -> tuple[int, int, int, int]:
 
     Another tool's WORLD_SIZE, without RANK, does not count.
     """
-    names = ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
-    world, rank, local_world, local_rank = (int(environment.get(name) or 0) for name in names)
+    world, rank, local_world, local_rank = (
+        int(environment.get(name) or 0)
+        for name in ("WORLD_SIZE", "RANK", "LOCAL_WORLD_SIZE", "LOCAL_RANK")
+    )
     if world <= 1 or not environment.get("RANK"):
         return 1, 0, 1, 0
     return world, rank, local_world or 1, local_rank
@@ -966,7 +981,7 @@ def in_threads(work: Callable, jobs: Iterable, threads: int) -> Iterator:
             yield pending.popleft().result()
 
 
-def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
+def progress(items: Iterable, what: str, total: int) -> tqdm:
     """`items` under a progress bar; where stderr is no terminal, a line every five minutes.
 
     Of torchrun's processes the first draws it.
@@ -975,7 +990,7 @@ def progress(items: Iterable, what: str, total: int, unit: str = "img") -> tqdm:
     if not (sys.stderr and sys.stderr.isatty()):
         line = "{desc}: {n_fmt} of {total_fmt}, {elapsed} elapsed, {remaining} left{postfix}\n"
         look |= dict(delay=300, mininterval=300, maxinterval=300, bar_format=line)
-    return tqdm(items, what, total, unit=unit, disable=RANK > 0, **look)
+    return tqdm(items, what, total, disable=RANK > 0, **look)
 
 
 def say(text: object, file: TextIO | None = None) -> None:
@@ -995,8 +1010,11 @@ class Parser(argparse.ArgumentParser):
     """Shows a script's docstring as it is; errors are one line, with exit code 2."""
 
     def __init__(self, doc: str) -> None:
-        raw = argparse.RawDescriptionHelpFormatter
-        super().__init__(description=doc, formatter_class=raw, allow_abbrev=False)
+        super().__init__(
+            description=doc,
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
 
     def error(self, message: str) -> None:
         self.exit(2, f"{self.prog}: error: {message} (--help lists the options)\n")
@@ -1016,12 +1034,14 @@ def number(least: float, kind: type = int) -> Callable:
 def add_machine_options(parser: Parser) -> Callable:
     """The options both scripts have; returns what adds more of the kind."""
     cores = min(8, (os.cpu_count() or 1) // LOCAL_WORLD)
-    machine = parser.add_argument_group("machine; results change by rounding error at most")
+    add = parser.add_argument_group(
+        "machine; results change by rounding error at most"
+    ).add_argument
     # fmt: off
-    machine.add_argument("--workers", type=number(0), default=cores, help="threads of a process that read images, and as many that score them (default: %(default)s)")
-    machine.add_argument("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
+    add("--workers", type=number(0), default=cores, help="threads of a process that read images, and as many that score them (default: %(default)s)")
+    add("--device", help="cuda, cuda:1, cpu, ... (default: a GPU if there is one)")
     # fmt: on
-    return machine.add_argument
+    return add
 
 
 def check_device(args: Namespace) -> None:
@@ -1109,8 +1129,9 @@ def what_to_do(error: Exception) -> str | None:
     if isinstance(error, OSError) and error.filename is not None:
         return f"{error.filename}: {error.strerror}"
     out_of_memory = ("allocate", "out of memory", "ALLOC_FAILED")  # a CPU's, CUDA's, cuBLAS's
-    if isinstance(error, MemoryError) or any(words in text for words in out_of_memory):
-        return f"too little memory ({one_line(error)}); try --grad-checkpoint, --accumulate, a lower --batch-size"
+    is_torchs = isinstance(error, RuntimeError) and any(words in text for words in out_of_memory)
+    if is_torchs or isinstance(error, MemoryError):
+        return f"too little memory ({one_line(error)}); lower --batch-size, or in training --size, or --accumulate"
     return None
 
 

@@ -96,7 +96,7 @@ def train_epoch(
     steps = len(pairs) // args.batch_size
     losses = []  # on the device
     batches = micro_batches(pairs, args, epoch)
-    bar = evaluate.progress(range(steps), f"epoch {epoch}", steps, "step")
+    bar = evaluate.progress(range(steps), f"epoch {epoch}", steps)
     for _ in bar:
         loss = torch.zeros((), device=args.device)
         for i in range(args.accumulate):
@@ -175,9 +175,8 @@ def validate(model: TSSAM, pairs: list[Pair], args: Namespace) -> dict[str, floa
         workers=args.workers,
         precision=args.precision,
     )
-    shares = [list(rows)]
+    shares = [list(rows)] * WORLD
     if WORLD > 1:
-        shares *= WORLD
         dist.all_gather_object(shares, shares[0])
     return evaluate.average([row for share in shares for row in share], PAPER)
 
@@ -242,9 +241,9 @@ def main() -> None:
                 best_score = sign * row[metric]
                 mark = "  best"
                 save(best.name, metrics=metrics)
+        save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if RANK == 0:
             write_reports(model, rows, metric, val_pairs or train_pairs, args)
-        save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         left = timedelta(seconds=round((args.epochs - epoch) * (time.monotonic() - start)))
         cells = "  ".join(f"{name} {value:.4g}" for name, value in row.items() if name != "epoch")
         say(f"epoch {epoch}/{args.epochs}  {cells}{mark}  {left} left")
@@ -431,13 +430,14 @@ def build_model(args: Namespace, stored: dict) -> tuple[TSSAM, dict]:
         encoder = dict(stored["encoder"])
     else:
         init = args.init and tssam.read_checkpoint(args.init)
+        if init and init["config"]["sam"] != args.sam:
+            raise InputError(f"--init: {args.init} belongs to --sam {init['config']['sam']}")
         if args.sam_checkpoint is None:
             first_process(lambda: tssam.sam_weights(args.sam))
             weights = tssam.sam_weights(args.sam)
         torch.manual_seed(args.seed)
-        high_freq = args.task == "shadow"
         blocks = (args.csa_blocks, args.mrm_blocks)
-        model = tssam.build_tssam(args.sam, args.size, high_freq, weights, *blocks)
+        model = tssam.build_tssam(args.sam, args.size, args.task == "shadow", weights, *blocks)
         state = model.image_encoder.state_dict()
         encoder = dict(fingerprint=tssam.fingerprint(state), sam_checkpoint=None, weights=None)
         if is_random:
@@ -511,8 +511,8 @@ def how_to_continue(out: Path) -> str:
     """The last line of a run that is stopped."""
     if not (out / "last.pt").exists():
         return "stopped before the first epoch was finished; start again with the same command"
-    command = f"torchrun --nproc_per_node {LOCAL_WORLD}" if WORLD > 1 else "python"
-    command += f" train.py --resume --out {shlex.quote(str(out))}"
+    launcher = f"torchrun --nproc_per_node {LOCAL_WORLD}" if WORLD > 1 else "python"
+    command = f"{launcher} train.py --resume --out {shlex.quote(str(out))}"
     return f"stopped; `{command}` continues after the last whole epoch"
 
 

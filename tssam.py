@@ -611,9 +611,8 @@ def released_name(name: str) -> str:
 
 def load_released(model: TSSAM, file: AnyPath | StateDict) -> None:
     """Fill a model, encoder and all, from a checkpoint of the authors' code, or its state dict."""
-    is_path = isinstance(file, AnyPath)
-    state = load_file(file) if is_path else file
-    fill(model, under_our_names(state, model), file if is_path else "state dict")
+    state = load_file(file) if isinstance(file, AnyPath) else file
+    fill(model, under_our_names(state, model), "released checkpoint")
 
 
 def under_our_names(state: StateDict, model: TSSAM) -> StateDict:
@@ -631,7 +630,7 @@ def fingerprint(encoder: StateDict) -> str:
     for name in sorted(encoder):
         if "pos" not in name:
             digest.update(name.encode())
-            digest.update(encoder[name].cpu().contiguous().numpy())
+            digest.update(encoder[name].float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
 
@@ -654,7 +653,7 @@ def read_checkpoint(path: AnyPath) -> dict:
         return content
     if not {"image_encoder.csa_embedding.weight", "image_encoder.pos_embed"} <= content.keys():
         raise InputError(
-            f"{path}: no checkpoint of train.py or the authors; it contains {', '.join(list(content)[:3])}, ..."
+            f"{path}: no checkpoint of train.py or the authors (SAM's weights go with --sam-checkpoint)"
         )
     high_freq = "image_encoder.fft_embedding.proj.weight" in content
     _, grid, _, width = content["image_encoder.pos_embed"].shape
@@ -681,14 +680,13 @@ def load_checkpoint(path: AnyPath, sam_checkpoint: AnyPath | None = None) -> tup
     content = read_checkpoint(path)
     model = TSSAM(**content["config"])
     encoder = content["encoder"]
-    if sam_checkpoint is None and encoder["weights"] is not None:
+    file = sam_checkpoint or encoder["sam_checkpoint"]
+    if file is None:
         fill(model.image_encoder, encoder["weights"], f"{path}, its encoder")
     else:
-        if sam_checkpoint is None:
-            sam_checkpoint = encoder["sam_checkpoint"]
-            if not os.path.exists(sam_checkpoint):
-                sam_checkpoint = sam_weights(model.config["sam"])
-        load_sam(model, sam_checkpoint)
+        if sam_checkpoint is None and not os.path.exists(file):
+            file = sam_weights(model.config["sam"])
+        load_sam(model, file)
     load_trained(model, content, path)
     del content["encoder"], content["trained"]
     return model.eval(), content
@@ -702,7 +700,7 @@ def load_trained(model: TSSAM, content: dict, path: AnyPath) -> None:
     encoder = model.image_encoder.state_dict()
     if content["encoder"]["fingerprint"] != fingerprint(encoder):
         raise InputError(
-            f"{path}: trained on another {content['config']['sam']}; pass its --sam, --sam-checkpoint, --seed"
+            f"{path}: trained on another encoder, not the one loaded; pass it with --sam-checkpoint (random: --seed)"
         )
     frozen = {f"image_encoder.{name}": tensor for name, tensor in encoder.items()}
     fill(model, frozen | content["trained"], path)
@@ -725,7 +723,7 @@ def load_file(path: AnyPath) -> dict:
             content = content[wrapper]
     if not isinstance(content, dict):
         raise InputError(f"{path}: contains a {type(content).__name__}, not a checkpoint")
-    return {name.removeprefix("module."): value for name, value in content.items()}
+    return {str(name).removeprefix("module."): value for name, value in content.items()}
 
 
 def fill(module: nn.Module, state: StateDict, where: AnyPath) -> None:
