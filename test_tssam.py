@@ -1471,7 +1471,7 @@ def test_stopped_and_resumed_runs_are_as_if_they_had_not_been(here, run):
     whole, cut = load("whole/last.pt"), load("cut/last.pt")
     adam, resumed = whole["optimizer"]["state"], cut["optimizer"]["state"]
     assert all(torch.equal(adam[i]["exp_avg_sq"], resumed[i]["exp_avg_sq"]) for i in adam)
-    assert whole["scaler"] == cut["scaler"] != {}
+    assert whole["scaler"] == cut["scaler"] != {} and [r["epoch"] for r in whole["rows"]] == [1, 2]
     # Where the data have moved.
     Path("data").rename("moved")
     run(train, resume).refuses("data: no such file or folder; pass the dataset with")
@@ -1983,9 +1983,7 @@ def test_a_loss_that_is_not_finite_stops_before_anything_is_saved(run, monkeypat
     assert not left and not Path("run/last.pt").exists()
     spoil = lambda logits: logits.register_hook(lambda gradient: gradient * math.nan)  # noqa: E731
     monkeypatch.setattr(train, "bce_iou", lambda x, masks: (spoil(x), loss_of(x, masks))[1])
-    run(train, f"{SMALL} --batch-size 5 --epochs 1 --out run").refuses(
-        "the weights became nan or inf"
-    )
+    run(train, f"{SMALL} --batch-size 5 --epochs 1 --out run").refuses("the weights became nan")
 
 
 def test_two_folders_said_outright(tmp_path):
