@@ -240,7 +240,7 @@ def main() -> None:
             if sign * row[metric] > best_score:
                 best_score = sign * row[metric]
                 mark = "  best"
-                save(best.name, metrics=metrics)
+                save(best.name, metrics=metrics)  # first: an epoch stopped in between is repeated
         save("last.pt", rows=rows, optimizer=optimizer.state_dict(), scaler=scaler.state_dict())
         if RANK == 0:
             write_reports(model, rows, metric, val_pairs or train_pairs, args)
