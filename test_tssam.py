@@ -1694,7 +1694,7 @@ def test_maps_of_other_methods(score, task):
     for i in range(3):
         grey, mask = soft_map(rng, 48, 64)
         Image.fromarray(mask.astype(np.uint8) * 255).save(f"d/GT/{i}.png")
-        small, ones = Image.fromarray(grey).resize((40, 30)), (grey > 100).astype(np.uint8)
+        small, ones = Image.fromarray(grey // 2).resize((40, 30)), (grey > 100).astype(np.uint8)
         again = np.asarray(small.resize((64, 48), Image.Resampling.BILINEAR))
         mixed = grey if i else ones
         maps, scored = (grey, small, ones, mixed), (grey, again, ones * 255, mixed)
