@@ -702,7 +702,7 @@ def image_files(folder: Path, files: Iterable[Path] | None = None) -> Files:
     named = {}
     others = []
     for file in files_below(folder) if files is None else files:
-        path = file.relative_to(folder) if file.is_relative_to(folder) else Path(file.name)
+        path = file.relative_to(folder) if folder in file.parents else Path(file.name)
         name = unicodedata.normalize("NFC", path.with_suffix("").as_posix())
         if file.suffix.lower() not in EXTENSIONS.split():
             others.append(file)
