@@ -146,7 +146,6 @@ def average(rows: list[dict], protocol: Protocol) -> dict[str, float]:
     E and meanF are the mean, maxE and maxF the largest value of the images' mean curve over the
     thresholds. BER is in percent: the mean over images; BER_pooled is over all pixels.
     """
-
     totals = {name: sum(row[name] for row in rows) for name in rows[0]}
     mean = {name: total / len(rows) for name, total in totals.items()}
     if "BER" in mean:
