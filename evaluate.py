@@ -251,7 +251,10 @@ def open_image(path: Path) -> Image.Image:
 
 
 def read_image(path: Path, has_mask: bool = False) -> Image.Image:
-    """An image file as RGB, without alpha. EXIF orientation is applied unless it has a mask (release)."""
+    """An image file as RGB; alpha is dropped. EXIF orientation is applied unless the image has a mask.
+
+    Source of both: release.
+    """
     image = open_image(path).convert("RGB")
     if not has_mask:
         with suppress(Exception):  # broken EXIF raises anything
@@ -344,7 +347,7 @@ def predict(
         for sample, logit in zip(batch, run_network(model, images, precision), strict=True):
             if not logit.isfinite().all():
                 raise InputError(
-                    f"{sample.pair.image}: the network's output is not finite: its weights, or --precision fp16"
+                    f"{sample.pair.image}: the network's output is not finite: broken weights, or --precision fp16 (try fp32)"
                 )
             if sample.mask is not None and protocol.full_size:
                 to_score = to_map(logit, sample.mask.shape)
@@ -852,7 +855,7 @@ def is_grey(image: Image.Image) -> bool:
 def orientation(image: Image.Image) -> int:
     """The EXIF orientation; 1: upright, or unreadable."""
     with suppress(Exception):  # broken EXIF raises anything
-        return image.getexif().get(0x0112, 1)
+        return image.getexif().get(0x0112, 1)  # the tag Orientation
     return 1
 
 
@@ -1130,7 +1133,7 @@ def what_to_do(error: Exception) -> str | None:
     out_of_memory = ("allocate", "out of memory", "ALLOC_FAILED")  # a CPU's, CUDA's, cuBLAS's
     is_torchs = isinstance(error, RuntimeError) and any(words in text for words in out_of_memory)
     if is_torchs or isinstance(error, MemoryError):
-        return f"too little memory ({one_line(error)}); lower --batch-size, or in training --size, or --accumulate"
+        return f"too little memory ({one_line(error)}); lower --batch-size, or train with --grad-checkpoint, --accumulate or a lower --size"
     return None
 
 

@@ -1220,13 +1220,17 @@ def test_what_the_scripts_run_with(options, monkeypatch):
 
 @pytest.mark.parametrize("task, scores, marked", cases(BEST)[1:])
 def test_the_best_epoch(run, monkeypatch, task, scores, marked):
-    """The best S, or the lowest BER; of equal ones the earlier."""
+    """The best S, or the lowest BER; of equal ones the earlier. Also where the run was resumed."""
     metric, scores = "BER" if task == "shadow" else "S", [float(s) for s in scores.split()]
     made = iter([{metric: s, "E": 1 - s, "wF": 1 - s, "MAE": s} for s in scores])
     monkeypatch.setattr(train, "validate", lambda *_: next(made))
     texts = watched(monkeypatch, ImageDraw.ImageDraw, "text", lambda *args: args[2])
-    ended = run(train, f"{SMALL} --task {task} --epochs 4 --out run")
-    assert re.findall("^epoch (.*)/4  .*  best  ", ended.out, re.M) == marked.split()
+    with monkeypatch.context() as patch:
+        stop_in_epoch_2(patch)
+        stopped = run(train, f"{SMALL} --task {task} --epochs 4 --out run").refuses("stopped")
+    ended = run(train, "--resume run --workers 0 --device cpu")
+    every = re.findall("^epoch (.*)/4  .*  best  ", stopped.out + ended.out, re.M)
+    assert every == marked.split()
     assert re.search("^epoch 4/4 .*  0:00:00 left$", ended.out, re.M)
     epoch, score = int(marked[-1]), scores[int(marked[-1]) - 1]
     best = load("run/best.pt")
@@ -1368,7 +1372,7 @@ def test_how_scripts_end(here, usual_signals, monkeypatch, capfd):
         (out / "last.pt").touch()  # from now on
     # Errors that the user can mend are one line and exit code 2; others keep their traceback.
     monkeypatch.setattr(time, "sleep", lambda seconds: pytest.fail("a process alone waits"))
-    memory = "too little memory ({}); lower --batch-size, or in training --size, or --accumulate"
+    memory = "too little memory ({}); lower --batch-size, or train with --grad-checkpoint, --acc"
     for error, said in (
         (InputError("--data: wrong"), "--data: wrong"),
         (FileNotFoundError(2, "No such file or directory", "x.jpg"), "x.jpg: No such file"),
@@ -1590,7 +1594,7 @@ def test_where_scripts_run(here, run, monkeypatch):
     mask[-1] = 255  # S is nan, of which NumPy warns and the script does not
     Image.fromarray(mask).save("data/test/GT/x.png")
     monkeypatch.setenv("WORLD_SIZE", "4")
-    ended = in_a_process(["-c", NOTEBOOK], f"{SMALL} --epochs 1 --out run")
+    ended = in_a_process(["-c", NOTEBOOK], f"{SMALL} --size 32 --epochs 1 --out run")
     assert ended.returncode == 0 and "epoch 1/1" in ended.stdout and Path("run/best.pt").exists()
     random = "warning: the encoder is random, not SAM's: results say nothing about TS-SAM\n"
     assert ended.stderr == random
@@ -2115,14 +2119,9 @@ def test_photographs_and_maps(score):
         score(f"{CKPT} --data d --save apart").says("2 maps in apart/d")
         Path(f"apart/d/{composed}.png").rename(f"apart/d/{apart}.png")
         score("--maps apart --data d --workers 0").says("d: 2 images")
-    # Colour maps are scored by brightness, and that is said.
-    grey = Image.fromarray(soft_map(np.random.default_rng(0), 40, 48)[0])
-    colour = Image.merge("RGB", [grey, grey.point(lambda v: 255 - v), grey])
-    Path("colour").mkdir()
-    for stem in "abc":
-        colour.save(f"colour/{stem}.png")
+    # Colours are scored by brightness, and that is said.
     told = "ECSSD: 3 of 3 masks or maps have colours or a varying alpha"
-    assert told in score("--maps colour --data ECSSD --workers 0").err
+    assert told in score("--maps ECSSD/Imgs --data ECSSD --workers 0").err
     Path("photos/below").mkdir()
     os.chdir("photos/below")  # no name is ever ..
     score("--ckpt ../../model.pt --device cpu --data .. --save ../out --workers 0").says()

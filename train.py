@@ -211,10 +211,10 @@ def main() -> None:
     say(f"steps: {args.batch_size} images, {args.micro_batch} at a time, {WORLD} x {device}")
 
     metric = "BER" if args.task == "shadow" else "S"  # selects the best epoch
-    sign = -1 if metric == "BER" else 1  # the higher the score, the better
+    sign = -1 if metric == "BER" else 1
     rows = []  # of log.csv
     best = args.out / "best.pt"
-    best_score = -math.inf  # of best.pt
+    best_score = -math.inf  # sign x metric of best.pt: the higher, the better
     if stored:
         optimizer.load_state_dict(stored["optimizer"])
         scaler.load_state_dict(stored["scaler"])

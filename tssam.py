@@ -197,7 +197,8 @@ class Injection(nn.Module):
         x = self.stage1(torch.cat([x, f_key], dim=1))  # Eq. 8
         # Eq. 9 (bilinear with aligned corners: release)
         x = F.interpolate(x, scale_factor=2, mode="bilinear", align_corners=True)
-        x = x.to(f_mrm.dtype)  # CUDA's autocast interpolates in float32, and cat would promote
+        # CUDA's autocast interpolates in float32, and cat would then promote f_mrm too.
+        x = x.to(f_mrm.dtype)
         return self.stage2(torch.cat([x, f_mrm], dim=1))  # Eq. 10, with f_mrm itself
 
 
@@ -616,7 +617,7 @@ def load_released(model: TSSAM, file: AnyPath | StateDict) -> None:
 
 
 def under_our_names(state: StateDict, model: TSSAM) -> StateDict:
-    """The state dict of a released checkpoint, for a model of the same shape."""
+    """A released checkpoint's state dict under the names that `model` has for the same tensors."""
     our_names = {released_name(name): name for name in model.state_dict()}
     return {our_names.get(name, name): tensor for name, tensor in state.items()}
 
@@ -630,6 +631,7 @@ def fingerprint(encoder: StateDict) -> str:
     for name in sorted(encoder):
         if "pos" not in name:
             digest.update(name.encode())
+            # In float32, as a model holds it: a released file may be in another precision.
             digest.update(encoder[name].float().cpu().contiguous().numpy())
     return digest.hexdigest()
 
@@ -727,7 +729,7 @@ def load_file(path: AnyPath) -> dict:
 
 
 def fill(module: nn.Module, state: StateDict, where: AnyPath) -> None:
-    """Load a whole state dict; what does not fit is said in one line."""
+    """Load a whole state dict; what does not fit is one line of PyTorch's words, and the rest is loaded."""
     try:
         module.load_state_dict(state)
     except RuntimeError as error:
